@@ -1,0 +1,69 @@
+"""Sizes of the Wan transformer family (spec: Wan2.1 section 1.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.attention import IMPLEMENTATIONS
+
+REMAT = ("none", "block", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """A Wan transformer. `WanConfig.t2v_1_3b()` and friends give the published sizes.
+
+    text_dim, image_dim: channels of the text and image embeddings; image_dim None for text-to-video.
+    dtype: compute dtype; norms, modulation, time and head run in at least float32.
+    round_time: round 1000·t to bfloat16, as published Causal-rCM checkpoints were trained (spec causal_rcm 1.3).
+    remat: what the backward pass recomputes: "none"; "block", everything inside a block; "attention", everything
+        but attention outputs.
+    attention: an implementation of `pallas_kernels.attention`, or None for the best that applies.
+    """
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    image_dim: int | None = None
+    eps: float = 1e-6
+    dtype: str = "bfloat16"
+    round_time: bool = True
+    remat: str = "block"
+    attention: str | None = None
+
+    def __post_init__(self):
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"model.dim {self.dim} must be model.heads {self.heads} times an even head width")
+        if self.head_dim < 6:
+            raise ValueError(f"head width {self.head_dim} leaves no channel pair for one of the three RoPE axes: use ≥ 6")
+        if self.patch[0] != 1:
+            raise ValueError(f"model.patch {self.patch}: one latent frame per token in time is what chunks need")
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat {self.remat!r} is not one of {', '.join(REMAT)}")
+        if self.attention is not None and self.attention not in IMPLEMENTATIONS:
+            raise ValueError(f"model.attention {self.attention!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        jnp.dtype(self.dtype)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @classmethod
+    def t2v_1_3b(cls, **changes) -> WanConfig:
+        return cls(**{"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30, **changes})
+
+    @classmethod
+    def t2v_14b(cls, **changes) -> WanConfig:
+        return cls(**{"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40, **changes})
+
+    @classmethod
+    def i2v_14b(cls, **changes) -> WanConfig:
+        return cls.t2v_14b(**{"in_channels": 36, "image_dim": 1280, **changes})

@@ -1,0 +1,143 @@
+"""The layers that Wan's transformer is made of (spec: Wan2.1 section 1.2), as Flax NNX modules.
+
+NNX only declares parameters and applies them; every transformation is `jax.*` over the plain tree of arrays.
+Tokens keep their frame axis, `[batch, frame, token, channel]`, so that per-frame modulation broadcasts over tokens
+instead of being expanded to them. Norms, modulation, time and head run in at least float32 ("wide"), the rest in the
+module's compute dtype.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.attention import Full, Mask, attention
+
+
+def wide(dtype) -> jnp.dtype:
+    """The dtype of norms and modulation beside a compute dtype: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """y = x·kernel + bias, in `dtype`. kernel `[in, out]`, bias `[out]`."""
+
+    def __init__(self, inputs: int, outputs: int, *, init, dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.dtype = dtype
+
+    def __call__(self, x):
+        dtype = self.dtype
+        return jnp.dot(x.astype(dtype), self.kernel[...].astype(dtype)) + self.bias[...].astype(dtype)
+
+
+class Mlp(nnx.Module):
+    """Linear, activation, Linear. Fields are named after the positions in the native checkpoints' Sequential."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, activation, *, init, dtype, rngs: nnx.Rngs):
+        self.up = Linear(inputs, hidden, init=init, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, outputs, init=init, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+def gelu(x):
+    """GELU, tanh form."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+class RmsNorm(nnx.Module):
+    """x·rsqrt(mean x² + eps), cast to the compute dtype, then × scale (spec 1.2 step 5)."""
+
+    def __init__(self, dim: int, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x):
+        x = x.astype(wide(self.dtype))
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+        return x.astype(self.dtype) * self.scale[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm in wide precision, with scale and bias only if `affine`."""
+
+    def __init__(self, dim: int, eps: float, dtype, affine: bool = False):
+        self.affine = affine
+        if affine:
+            self.scale, self.bias = nnx.Param(jnp.ones(dim)), nnx.Param(jnp.zeros(dim))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x):
+        high = wide(self.dtype)
+        x = x.astype(high)
+        x = x - jnp.mean(x, -1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+        if self.affine:
+            x = x * self.scale[...].astype(high) + self.bias[...].astype(high)
+        return x
+
+
+def modulate(x, shift, scale):
+    """x·(1 + scale) + shift, with shift and scale `[batch, frame or 1, channel]` over the tokens of each frame."""
+    return x * (1 + scale[:, :, None]) + shift[:, :, None]
+
+
+def rotate(x, rope):
+    """Rotary embedding of interleaved channel pairs (2k, 2k+1).
+
+    x `[batch, token, head, channel]`; rope = (cos, sin), each `[token, channel/2]`, in wide precision.
+    """
+    cos, sin = (table[None, :, None, :] for table in rope)
+    pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with RMS norm on q and k over the whole width (spec 1.2 steps 5 and 6).
+
+    With `image`, a second set of keys and values for image tokens, whose output is added (Wan2.1 I2V).
+    """
+
+    def __init__(self, dim: int, heads: int, eps: float, *, image: bool, init, dtype, implementation, rngs: nnx.Rngs):
+        linear = lambda: Linear(dim, dim, init=init, dtype=dtype, rngs=rngs)  # noqa: E731
+        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+        self.norm_q, self.norm_k = RmsNorm(dim, eps, dtype), RmsNorm(dim, eps, dtype)
+        if image:
+            self.k_img, self.v_img, self.norm_k_img = linear(), linear(), RmsNorm(dim, eps, dtype)
+        self.heads, self.implementation = heads, implementation
+
+    def _split(self, x):
+        """`[batch, …, heads·channel]` → `[batch, token, head, channel]`."""
+        return x.reshape(x.shape[0], -1, self.heads, x.shape[-1] // self.heads)
+
+    def project(self, x, rope):
+        """Rotated queries and keys, and values, `[batch, token, head, channel]`, of tokens x."""
+        q, k = (rotate(self._split(norm(linear(x))), rope) for norm, linear in
+                ((self.norm_q, self.q), (self.norm_k, self.k)))
+        return q, k, self._split(self.v(x))
+
+    def attend(self, x, q, k, v, *, context=None, mask: Mask):
+        """Output projection of the attention of q over k, v (and the context's keys and values); shaped like x."""
+        out = attention(q, k, v, context=context, mask=mask, implementation=self.implementation)
+        return self.o(checkpoint_name(out.reshape(*x.shape[:-1], -1), "attention"))
+
+    def text_keys(self, text):
+        """Keys and values of the text tokens, the same for every stream of a layer."""
+        return self._split(self.norm_k(self.k(text))), self._split(self.v(text))
+
+    def image_keys(self, image):
+        """Keys and values of the image tokens."""
+        return self._split(self.norm_k_img(self.k_img(image))), self._split(self.v_img(image))
+
+    def cross(self, x, *sources):
+        """Cross-attention of tokens x over each (keys, values) of `sources`, outputs added. No rotation, no mask."""
+        q = self._split(self.norm_q(self.q(x)))
+        outs = [attention(q, k, v, mask=Full(), implementation=self.implementation) for k, v in sources]
+        return self.o(sum(outs).reshape(x.shape))
