@@ -1,0 +1,115 @@
+"""The public function: checks its inputs while tracing, picks a backend, and calls it."""
+
+from __future__ import annotations
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import autodiff, reference
+from pallas_kernels.attention.backend import Segment
+from pallas_kernels.attention.mask import Full, Mask, Visible, is_static
+
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "chunked", "reference")
+
+_SMALL = 1 << 20  # scores per head up to which all of them at once are faster than tiles, on a CPU
+_SMALL_TOTAL = 1 << 26  # and over all heads and batch entries: 256 MiB in float32
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    context: tuple[jax.Array, jax.Array] | None = None,
+    mask: Mask = Full(),  # noqa: B008 - frozen
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+):
+    """softmax(scale · q kᵀ) v over the keys of one segment, or of two together.
+
+    q: `[B, N, H, D]`. k, v: `[B, M, Hkv, D]`, H a multiple of Hkv (query head h uses key head h // (H / Hkv)).
+    context: a second segment (k, v), `[B, C, Hkv, D]`; the softmax runs over both. Keeping it apart from k and v lets
+      its zero tangents, or its absent gradients, cost nothing.
+    mask: a description from `pallas_kernels.attention.mask`; which keys of each segment a query sees.
+    scale: a Python number, 1/√D where None.
+    implementation: one of `IMPLEMENTATIONS`, or None for the best that serves these inputs on the default device.
+
+    Returns o `[B, N, H, D]` in q's dtype, and with `return_lse` also the log-sum-exp of the scores, `[B, H, N]` in
+    float32 (float64 for float64 inputs). A query that sees no key has o = 0 and lse = −inf.
+
+    Supports value, jvp, vjp, linearize, and any order of their composition, under jit, scan, checkpoint and shard_map
+    (with `check_vma=False`); except for `reference`, derivatives do not vmap: fold what would be mapped into B.
+
+    Raises:
+      ValueError: while tracing, where shapes, dtypes, mask or implementation do not fit; names argument and fix.
+    """
+    _check_arrays(q, k, v, context)
+    if not isinstance(mask, Mask):
+        kinds = "Full, BlockCausal, TeacherForcing, Cached or Intervals"
+        raise ValueError(f"mask: {type(mask).__name__} is no mask: use {kinds}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    visible = mask.visible(q.shape[1], k.shape[1], None if context is None else context[0].shape[1])
+    segments = (Segment(k, v, visible.own),)
+    if context is not None:
+        segments += (Segment(*context, visible.context),)
+    name = _choose(implementation, q, segments, scale)
+    if name == "reference":
+        out, lse = reference.attend(q, segments, scale)
+    else:
+        static = is_static(mask)
+        call = autodiff.Call(_load(name), scale, mask if static else None)
+        context = None if context is None else tuple(context)
+        out, lse = autodiff.attend(call, (q, (k, v), context), Visible(None) if static else visible)
+    return (out, lse) if return_lse else out
+
+
+def _choose(name, q, segments, scale) -> str:
+    if name is not None:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation: {name!r} is unknown: use one of {', '.join(IMPLEMENTATIONS)}, or None")
+        if name != "reference" and (reason := _load(name).unsupported(q, segments, scale)):
+            raise ValueError(f"implementation: {name} cannot serve this call: {reason}; or pass implementation=None")
+        return name
+    platform = jax.default_backend()
+    if platform == "cpu":
+        scores = q.shape[1] * sum(s.k.shape[1] for s in segments)
+        small = scores <= _SMALL and scores * q.shape[0] * q.shape[2] <= _SMALL_TOTAL
+        return "reference" if small else "chunked"
+    fast = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(platform)
+    return fast if fast and _load(fast).unsupported(q, segments, scale) is None else "chunked"
+
+
+def _load(name):
+    """The backend's module, imported when first used: device code pulls in parts of Pallas that need not be there."""
+    return importlib.import_module(f"pallas_kernels.attention.{name}")
+
+
+def _check_arrays(q, k, v, context):
+    named = {"q": q, "k": k, "v": v}
+    if context is not None:
+        if len(context) != 2:
+            raise ValueError("context: pass a pair (k, v)")
+        named |= {"context[0]": context[0], "context[1]": context[1]}
+    for name, x in named.items():
+        if x.ndim != 4:
+            raise ValueError(f"{name}: has shape {x.shape}: use [batch, tokens, heads, head dim]")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: has dtype {x.dtype}: use a floating-point type")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: has dtype {x.dtype} and q has {q.dtype}: cast one to the other")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: has batch {x.shape[0]} and q has {q.shape[0]}: repeat or split one")
+        if x.shape[3] != q.shape[3]:
+            raise ValueError(f"{name}: has head dim {x.shape[3]} and q has {q.shape[3]}: they must be equal")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name}: has no tokens" + (": pass context=None" if name[0] == "c" else ""))
+        if x.shape[2] != k.shape[2] and name != "q":
+            raise ValueError(f"{name}: has {x.shape[2]} heads and k has {k.shape[2]}: they must be equal")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"k: has {k.shape[2]} heads, which do not divide q's {q.shape[2]}: use a divisor")
+    for name, a, b in (("v", k, v), *((("context[1]", *context),) if context is not None else ())):
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(f"{name}: has {b.shape[1]} tokens and its keys have {a.shape[1]}: they must be equal")

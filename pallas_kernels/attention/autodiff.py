@@ -1,0 +1,141 @@
+"""One derivative rule for every tiled backend.
+
+Forward mode is the tangent kernel; reverse mode is its transpose, the backward kernel, tied together by `linear_call`.
+Which inputs have tangents is known while tracing (`symbolic_zeros`): only those become linear arguments, and a kernel is
+told which terms to leave out.
+
+Residuals of the tangent (queries, keys, values, output, lse) are themselves differentiable. Their derivative, a second
+derivative of attention, is taken through the plain implementation a block of rows at a time: right, and slow. Where it
+is not used, as for a consistency target under `stop_gradient`, it is dead code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero, linear_call
+
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.backend import Segment
+from pallas_kernels.attention.mask import Mask
+
+OUTPUT_NAME = "attention_output"  # for jax.checkpoint policies: save_only_these_names(OUTPUT_NAME, LSE_NAME)
+LSE_NAME = "attention_lse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static about one call: backend module, scale, and the mask where it is made of integers."""
+
+    backend: Any
+    scale: float
+    mask: Mask | None
+
+    def segments(self, arrays, rows) -> tuple[Segment, ...]:
+        _, own, context = arrays
+        if self.mask is not None:
+            lengths = arrays[0].shape[1], own[0].shape[1], None if context is None else context[0].shape[1]
+            rows = self.mask.visible(*lengths)
+        segments = (Segment(*own, rows[0]),)
+        return segments if context is None else (*segments, Segment(*context, rows[1]))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def attend(call: Call, arrays, rows):
+    """o and lse. arrays: (q, (k, v), (k, v) of the context or None); rows: as `Visible`, unused with a static mask."""
+    return call.backend.forward(arrays[0], call.segments(arrays, rows), call.scale)
+
+
+@functools.partial(attend.defjvp, symbolic_zeros=True)
+def _attend_jvp(call, primals, tangents):
+    arrays, rows = primals
+    out, lse = attend(call, arrays, rows)
+    out, lse = checkpoint_name(out, OUTPUT_NAME), checkpoint_name(lse, LSE_NAME)
+    present, moving = _split_tangents(tangents[0])
+    if not moving:
+        return (out, lse), (jnp.zeros_like(out), jnp.zeros_like(lse))
+    return (out, lse), _tangent(call, present, (arrays, rows, out, lse), moving)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _tangent(call: Call, present: tuple[bool, ...], residuals, moving):
+    """Tangents of o and lse, linear in `moving`, the tangents of those leaves of `arrays` that `present` marks."""
+    treedef = jax.tree.structure(residuals[0])
+
+    def forward(residuals, moving):
+        arrays, rows, out, lse = residuals
+        dq, *dsegments = _fill(treedef, present, moving)
+        dsegments = tuple(pair for pair in dsegments if pair is not None)
+        return call.backend.tangent(arrays[0], call.segments(arrays, rows), call.scale, out, lse, dq, dsegments)
+
+    def transpose(residuals, cotangents):
+        arrays, rows, out, lse = residuals
+        want_q, *wanted = jax.tree.unflatten(treedef, present)
+        wanted = want_q, tuple(pair for pair in wanted if pair is not None)
+        grads = call.backend.backward(arrays[0], call.segments(arrays, rows), call.scale, out, lse, *cotangents, wanted)
+        leaves = jax.tree.leaves(grads, is_leaf=lambda x: x is None)
+        return tuple(leaf for leaf, want in zip(leaves, present) if want)
+
+    return tuple(linear_call(forward, transpose, residuals, moving))
+
+
+@functools.partial(_tangent.defjvp, symbolic_zeros=True)
+def _tangent_jvp(call, present, primals, tangents):
+    residuals, moving = primals
+    (d_arrays, *_), d_moving = tangents
+    result = _tangent(call, present, residuals, moving)
+    parts = []
+    moving_present = tuple(not isinstance(x, SymbolicZero) for x in d_moving)
+    if any(moving_present):
+        still = iter(moving_present)
+        both = tuple(p and next(still) for p in present)
+        parts.append(_tangent(call, both, residuals, tuple(x for x in d_moving if not isinstance(x, SymbolicZero))))
+    arrays_present, d_residuals = _split_tangents(d_arrays)
+    if d_residuals:
+        parts.append(_second(call, present, residuals, moving, arrays_present, d_residuals))
+    if not parts:
+        return result, jax.tree.map(jnp.zeros_like, result)
+    return result, jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
+
+
+def _second(call, present, residuals, moving, arrays_present, d_arrays):
+    """Derivative along `d_arrays` of the tangent along `moving`."""
+    arrays, rows, _, _ = residuals
+    leaves, treedef = jax.tree.flatten(arrays)
+
+    def plain(leaves):
+        arrays = jax.tree.unflatten(treedef, leaves)
+        return reference.attend_by_rows(arrays[0], call.segments(arrays, rows), call.scale)
+
+    def along(present, parts, function):
+        """x ↦ derivative of `function` at x along `parts`, whose other components stay fixed."""
+
+        def derivative(leaves):
+            some = [x for x, p in zip(leaves, present) if p]
+
+            def of_some(some):
+                filled = iter(some)
+                return function([next(filled) if p else x for x, p in zip(leaves, present)])
+
+            return jax.jvp(of_some, (some,), (list(parts),))[1]
+
+        return derivative
+
+    return along(arrays_present, d_arrays, along(present, moving, plain))(leaves)
+
+
+def _split_tangents(tangents):
+    """Which leaves have a tangent, and those tangents."""
+    leaves = jax.tree.leaves(tangents, is_leaf=lambda x: isinstance(x, SymbolicZero))
+    present = tuple(not isinstance(x, SymbolicZero) for x in leaves)
+    return present, tuple(x for x, p in zip(leaves, present) if p)
+
+
+def _fill(treedef, present, values):
+    values = iter(values)
+    return jax.tree.unflatten(treedef, [next(values) if p else None for p in present])
