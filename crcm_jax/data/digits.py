@@ -211,7 +211,7 @@ def _check_split(split: str) -> None:
 
 
 def _interpolation(centre: np.ndarray, length: int, digit_size: float) -> np.ndarray:
-    """Weights `[…, length, 8]` that resample a digit's 8 rows (or columns) to a canvas line, digit centre at `centre`."""
+    """Weights `[…, length, 8]` that resample a digit's 8 rows (or columns) to a canvas line, for a centre."""
     pixels = np.arange(length, dtype=np.float32) + 0.5
     source = (pixels - centre[..., None]) * (_SOURCE_PIXELS / digit_size) + (_SOURCE_PIXELS - 1) / 2
     distance = np.abs(source[..., None] - np.arange(_SOURCE_PIXELS, dtype=np.float32))

@@ -1,8 +1,8 @@
 """One grain pipeline for every source: shuffled, sharded, batched, encoded, prefetched, and resumable to the example.
 
-The order of examples is a pure function of the configuration (seed included) and does not depend on the number of threads
-or hosts. An iterator's `get_state()` is a small dictionary of integers that JSON can hold; `set_state()` on a fresh
-iterator goes on with the very next batch.
+The order of examples is a pure function of the configuration (seed included) and does not depend on the number of
+threads or hosts. An iterator's `get_state()` is a small dictionary of integers that JSON can hold; `set_state()` on a
+fresh iterator goes on with the very next batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOURCES: dict[str, Callable[[Any, str], Any]] = {"digits": DigitsSource}
 
 
 def make_source(config: Any, split: str = "train"):
-    """The random-access source that `config.data` names: `source[i]["video"]`, `["prompt"]`, …. UserError if unknown."""
+    """The random-access source that `config.data` names: `source[i]["video"]`, `["prompt"]`, …; UserError if none."""
     if config.data.name not in SOURCES:
         raise UserError(f'there is no data source "{config.data.name}": set data.name to one of {", ".join(SOURCES)}')
     return SOURCES[config.data.name](config.data, split)
@@ -52,7 +52,9 @@ def make(
     if not 0 <= shard_index < shard_count:
         raise UserError(f"shard {shard_index} of {shard_count} does not exist")
     if batch_size < 1 or len(source) < batch_size * shard_count:
-        raise UserError(f"{len(source)} examples do not fill {shard_count} × a batch of {batch_size}: change data.batch_size")
+        raise UserError(
+            f"{len(source)} examples do not fill {shard_count} × a batch of {batch_size}: change data.batch_size"
+        )
     codec.latent_shape(data.frames, data.height, data.width)  # an impossible canvas fails here, not in a thread
 
     order = grain.MapDataset.source(source).seed(data.seed).shuffle().repeat()
@@ -66,7 +68,7 @@ def make(
 
 
 class _Encode:
-    """Examples → one training batch: encoded together, which costs less than one by one. A class, so that it pickles."""
+    """Examples → one training batch: encoded together, which costs less than singly. A class, so that it pickles."""
 
     def __init__(self, codec: Codec, codec_params: Params, text_encoder: TextEncoder):
         self._codec, self._codec_params, self._text_encoder = codec, codec_params, text_encoder

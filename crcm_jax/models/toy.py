@@ -47,7 +47,7 @@ class PixelCodec:
         return frames, height // self.patch, width // self.patch, self.channels * self.patch**2
 
     def encode(self, params: Params, video: jax.Array) -> jax.Array:
-        """Pixels `[batch, frame, height, width, channel]` → latents `[…, height/patch, width/patch, channel·patch²]`."""
+        """Pixels `[batch, frame, height, width, channel]` → latents `[…, height/p, width/p, channel·p²]`."""
         del params
         batch, frames, height, width, channels = video.shape
         if channels != self.channels:
@@ -74,9 +74,10 @@ class PixelCodec:
 class WordEncoder:
     """Prompts over a fixed vocabulary → float32 `[batch, length, dim]`: token i is word vector + position vector.
 
-    The vectors are rows of random orthogonal matrices (all mutually orthogonal while words + length ≤ dim), fixed for ever
-    by the vocabulary's order and `dim`, with a mean square of 1 a channel in each token. Positions let a network tell which
-    digit moves where. Past the prompt's end come zeros; the empty prompt, all zeros, is the unconditional one.
+    The vectors are rows of random orthogonal matrices (all mutually orthogonal while words + length ≤ dim), fixed for
+    ever by the vocabulary's order and `dim`, with a mean square of about 1 a channel in each token. Positions let a
+    network tell which digit moves where. Past the prompt's end come zeros; the empty prompt, all zeros, is the
+    unconditional one.
     """
 
     def __init__(self, vocabulary: Sequence[str], length: int = 12, dim: int = 32):
@@ -88,7 +89,7 @@ class WordEncoder:
         self._cache: dict[str, np.ndarray] = {}
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings of `prompts`. UserError for a word outside the vocabulary or a prompt of more than `length` words."""
+        """Embeddings of `prompts`. UserError for an unknown word or more than `length` words."""
         if isinstance(prompts, str):
             raise TypeError(f'prompts are a sequence of strings: pass ["{prompts}"]')
         return np.stack([self._encode(prompt) for prompt in prompts])
