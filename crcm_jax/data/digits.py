@@ -42,7 +42,7 @@ _SOURCE_PIXELS = 8
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key of `config.data` that this source and the pipeline read, with the demo's values."""
+    """Every key of `config.data` that this source and the pipeline read."""
     return ml_collections.ConfigDict(
         dict(
             name="digits",
@@ -136,11 +136,6 @@ def parse_prompt(prompt: str) -> list[tuple[int, str]]:
     return result
 
 
-def vocabulary() -> list[str]:
-    """Every word that a prompt may contain, in a fixed order."""
-    return ["a", "an", "moves", "and", *WORDS, "up", "down", "left", "right"]
-
-
 class DigitsSource:
     """Random access to `len(source)` clips; `source[i]` is a dictionary.
 
@@ -151,8 +146,9 @@ class DigitsSource:
     """
 
     def __init__(self, config: Any, split: str = "train"):
-        """`config` is `config.data` (see `default_config`). UserError if it cannot be drawn."""
+        """`config` is `config.data`; keys it lacks are `default_config`'s. UserError if it cannot be drawn."""
         _check_split(split)
+        config = ml_collections.ConfigDict({**default_config(), **config})
         self._frames, self._height, self._width = config.frames, config.height, config.width
         self._size, self._digits, self._seed = float(config.digit_size), config.digits, config.seed
         self._slowest, self._fastest = config.speed

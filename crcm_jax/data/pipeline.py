@@ -14,10 +14,11 @@ import grain
 import numpy as np
 
 from crcm_jax.data.digits import DigitsSource
+from crcm_jax.data.tfds_source import TfdsSource
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Codec, Params, TextEncoder
 
-SOURCES: dict[str, Callable[[Any, str], Any]] = {"digits": DigitsSource}
+SOURCES: dict[str, Callable[[Any, str], Any]] = {"digits": DigitsSource, "tfds": TfdsSource}
 """`config.data.name` → `(config.data, split)` → a sequence of dictionaries with at least `video` and `prompt`."""
 
 
@@ -43,8 +44,9 @@ def make(
 
     `batch_size` (default `config.data.batch_size`) counts the examples of this shard's batches. With several shards,
     shard i of n sees examples i, i + n, … of the one global order, so together they see what one host would have seen.
-    Shuffled anew each time the source is used up. `config.data.threads` and `prefetch` (batches ahead) or `workers`
-    (processes) hide the cost. Raises UserError for an unknown source, split, or canvas that the codec does not take.
+    Shuffled anew each time the source is used up. `config.data.threads` (0: the caller's) and `prefetch` (batches
+    ahead) hide the cost; `workers` processes share it where one is not enough. Raises UserError for an unknown source,
+    split, or a canvas that the codec does not take.
     """
     data = config.data
     batch_size = data.batch_size if batch_size is None else batch_size
@@ -61,10 +63,9 @@ def make(
     batches = order[shard_index::shard_count].batch(
         batch_size, drop_remainder=True, batch_fn=_Encode(codec, codec_params, text_encoder)
     )
-    if data.workers:
-        in_process = grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)
-        return batches.to_iter_dataset(in_process).mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch))
+    threads, prefetch, workers = data.get("threads", 1), data.get("prefetch", 4), data.get("workers", 0)
+    stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else stream
 
 
 class _Encode:

@@ -15,6 +15,12 @@ import numpy as np
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Params
 
+DIGITS_VOCABULARY = (
+    *("a", "an", "moves", "and", "up", "down", "left", "right"),
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+)
+"""Every word of the moving digits' prompts. Their order fixes their vectors, so new words go at the end."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PixelCodec:
@@ -80,7 +86,7 @@ class WordEncoder:
     unconditional one.
     """
 
-    def __init__(self, vocabulary: Sequence[str], length: int = 12, dim: int = 32):
+    def __init__(self, length: int = 12, dim: int = 32, vocabulary: Sequence[str] = DIGITS_VOCABULARY):
         self.vocabulary = tuple(vocabulary)
         self.length, self.dim = length, dim
         vectors = _orthogonal_rows(len(self.vocabulary) + length, dim) / np.sqrt(2)
