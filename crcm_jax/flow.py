@@ -1,4 +1,4 @@
-"""Rectified-flow and TrigFlow algebra, time distributions and step schedules (spec: Causal-rCM sections 1, 2, 6.1).
+"""Rectified-flow and TrigFlow algebra, and the time distributions of training (spec: Causal-rCM sections 1, 2).
 
 Rectified flow: x_t = (1−t)·x0 + t·ε with t in [0, 1]; the network predicts the velocity v = ε − x0 = dx/dt.
 TrigFlow: x_θ = cosθ·x0 + sinθ·ε with θ in [0, π/2]; F = dx/dθ. The two are the same path at another speed and scale.
@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
 
@@ -66,7 +65,7 @@ def flow_to_trig(t):
 
 
 def trig_velocity(v, x, theta):
-    """TrigFlow's F = dx/dθ of the network whose rectified-flow velocity at x/(cosθ+sinθ) is v (spec 1.2, closed form)."""
+    """TrigFlow's F = dx/dθ of the network whose velocity at x/(cosθ+sinθ) is v (spec 1.2, closed form)."""
     theta = expand(theta, x)
     cos, sin = jnp.cos(theta), jnp.sin(theta)
     return ((cos - sin) * x + v) / (cos + sin)
@@ -126,7 +125,7 @@ def sample_times(key, distribution: TimeDistribution, shape, dtype=jnp.float32):
 
 
 def fopp_times(key, distribution: TimeDistribution, batch: int, chunks: int):
-    """Monotone non-decreasing chunk times `[batch, chunk]` whose anchor keeps the marginal `distribution` (spec 2, FoPP).
+    """FoPP: monotone non-decreasing chunk times `[batch, chunk]`; the anchor keeps the marginal `distribution` (spec 2).
 
     An anchor chunk is drawn uniformly and its time from the distribution; earlier chunks are order statistics of
     uniforms below it, later ones above it, realised as normalised sums of exponentials, all in cumulative probability.
@@ -161,36 +160,3 @@ def consistency_times(key, batch: int, steps: int, total: int, s: float):
 def gaussian_bell(t):
     """Weight exp(−2(t−½)²) − exp(−½), zero at both ends (spec 4.1)."""
     return jnp.exp(-2 * jnp.square(t - 0.5)) - math.exp(-0.5)
-
-
-# Schedules
-
-MID_TIMES = (15 / 16, 5 / 6, 5 / 8)
-"""shift([3/4, 1/2, 1/4]; 5): where a four-step student stops on its way (spec 2)."""
-
-
-def few_step(steps: int, mid=MID_TIMES, sigma_max: float | None = 1600.0) -> tuple[float, ...]:
-    """Times of a few-step sampler: t_max, the first steps−1 of `mid`, 0 (spec 6.1). `sigma_max=None` starts at exactly 1.
-
-    ValueError where `mid` is too short or does not decrease.
-    """
-    if steps < 1:
-        raise ValueError(f"a schedule of {steps} steps: use at least 1")
-    if len(mid) < steps - 1:
-        raise ValueError(f"{steps} steps need {steps - 1} intermediate times, but only {len(mid)} are given: {list(mid)}")
-    first = 1.0 if sigma_max is None else sigma_max / (sigma_max + 1)
-    return decreasing((first, *mid[: steps - 1], 0.0))
-
-
-def multi_step(steps: int, s: float = 3.0, sigma_max: float = 1600.0) -> tuple[float, ...]:
-    """steps+1 times of an ODE sampler from t_max to 0, evenly spaced before the shift (spec 6.1)."""
-    top = unshift(sigma_max / (sigma_max + 1), s)
-    return decreasing(shift(np.linspace(top, 0, steps + 1), s).tolist())
-
-
-def decreasing(times) -> tuple[float, ...]:
-    """The times, checked: strictly decreasing within [0, 1]; ValueError otherwise."""
-    times = tuple(float(t) for t in times)
-    if any(a <= b for a, b in zip(times, times[1:])) or not all(0 <= t <= 1 for t in times):
-        raise ValueError(f"times {[round(t, 4) for t in times]} must decrease strictly within [0, 1]")
-    return times

@@ -26,7 +26,7 @@ LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """`(params, others, batch, key, progress) -> (losses [batch], metrics)`; pure, one loss a sample."""
 
 GradFn = Callable[..., tuple[tuple[jax.Array, dict[str, jax.Array]], Params]]
-"""`(params, others, batch, key, progress, weights [batch]) -> ((losses, metrics), gradient of Σ_b weights_b·losses_b)`."""
+"""`(params, others, batch, key, progress, weights) -> ((losses, metrics), gradient of Σ_b weights_b·losses_b)`."""
 
 
 def gradient_of(loss: LossFn) -> GradFn:
@@ -49,8 +49,8 @@ class Algorithm:
     """A training type: what the student (and the critic, if there is one) minimise, and when.
 
     `others` that a GradFn receives are the trees it reads but does not train: `teacher`, `real` (frozen), `uncond`
-    (the negative prompt's embedding, `[1, token, channel]`), and the other player (`critic` for the student's loss, `student` for
-    the critic's). `reads` names the frozen ones.
+    (the negative prompt's embedding, `[1, token, channel]`), and the other player (`critic` for the student's loss,
+    `student` for the critic's). `reads` names the frozen ones.
     """
 
     student: GradFn
@@ -74,5 +74,3 @@ class Algorithm:
             return iteration, 0
         student = warm + -(-(iteration - warm) // freq)
         return student, iteration - student
-
-

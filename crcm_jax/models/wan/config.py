@@ -43,7 +43,7 @@ class WanConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"model.dim {self.dim} must be model.heads {self.heads} times an even head width")
         if self.head_dim < 6:
-            raise ValueError(f"head width {self.head_dim} leaves no channel pair for one of the three RoPE axes: use ≥ 6")
+            raise ValueError(f"head width {self.head_dim} leaves a RoPE axis without a channel pair: use at least 6")
         if self.patch[0] != 1:
             raise ValueError(f"model.patch {self.patch}: one latent frame per token in time is what chunks need")
         if self.remat not in REMAT:

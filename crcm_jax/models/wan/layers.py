@@ -119,8 +119,10 @@ class Attention(nnx.Module):
 
     def project(self, x, rope):
         """Rotated queries and keys, and values, `[batch, token, head, channel]`, of tokens x."""
-        q, k = (rotate(self._split(norm(linear(x))), rope) for norm, linear in
-                ((self.norm_q, self.q), (self.norm_k, self.k)))
+        q, k = (
+            rotate(self._split(norm(linear(x))), rope)
+            for norm, linear in ((self.norm_q, self.q), (self.norm_k, self.k))
+        )
         return q, k, self._split(self.v(x))
 
     def attend(self, x, q, k, v, *, context=None, mask: Mask):

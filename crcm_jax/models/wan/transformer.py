@@ -162,6 +162,12 @@ class WanTransformer:
         self._outside, _ = nnx.split(nnx.eval_shape(lambda: Outside(config, nnx.Rngs(0))))
         self._block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
 
+    def __eq__(self, other):
+        return isinstance(other, WanTransformer) and (self.config, self.chunks) == (other.config, other.chunks)
+
+    def __hash__(self):
+        return hash((self.config, self.chunks))
+
     def init(self, key) -> Params:
         """Random parameters, float32; the head is zero, so a fresh network predicts zero velocity."""
 
