@@ -21,7 +21,7 @@ SIDES = ("left", "right")
 
 
 def clip(split, i):
-    """Seven 20×24 frames: a grey that says split, example and frame, and a white column that says which side is left."""
+    """Seven 20×24 frames whose grey says split, example and frame, with one white column left of the middle."""
     frames = np.zeros((7, 20, 24, 3), np.uint8)
     frames += np.uint8(100 * (split == "test") + 8 * i) + np.arange(7, dtype=np.uint8)[:, None, None, None]
     frames[:, :, 6] = 255
