@@ -1,0 +1,97 @@
+"""`crcm train`: reads a configuration and runs it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from crcm_jax.errors import UsageError
+
+HELP = "train a model in a workdir, or go on where it stopped"
+EXAMPLE = "crcm train --config=configs/digits.py:tf_scm --workdir=out/tf_scm --config.optim.lr=1e-4"
+
+_USAGE = f"""usage: crcm train --config=FILE.py[:VARIANT] --workdir=FOLDER [--config.KEY=VALUE …]
+
+{HELP[0].upper()}{HELP[1:]}. Any key of the configuration can be set, --config.optim.lr=1e-4.
+SIGTERM or Ctrl-C saves and exits; the same command goes on from there.
+
+  --config    a Python file with get_config(variant); a variant of configs/digits.py is a training type
+  --workdir   folder of the run: checkpoints, metrics.jsonl, TensorBoard, samples
+
+for example:
+  {EXAMPLE}"""
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
+    """(locked configuration, workdir) of a command line; UsageError, one sentence, for what is wrong with it."""
+    # The plain configuration first: what it lacks can then be told from what is wrong with a value.
+    plain = _parse([word for word in argv if not word.startswith("--config.")], argv).config
+    for word in argv:
+        if word.startswith("--config."):
+            _check_key(word[len("--config.") :].split("=", 1)[0], plain)
+    values = _parse(argv, argv)
+    if not values.workdir:
+        raise UsageError(f"--workdir is missing, for example: {EXAMPLE}")
+    return values.config, Path(values.workdir)
+
+
+def _parse(words: list[str], argv: list[str]) -> flags.FlagValues:
+    path = next((word.split("=", 1)[1].split(":")[0] for word in argv if word.startswith("--config=")), None)
+    if path is None:
+        raise UsageError(f"--config=FILE.py is missing, for example: {EXAMPLE}")
+    if not Path(path).is_file():
+        raise UsageError(f"there is no configuration file {path}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "configuration", flag_values=values, lock_config=True, sys_argv=["crcm", *words]
+    )
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    try:
+        rest = values(["crcm", *words])[1:]
+    except (flags.Error, ValueError, TypeError) as error:
+        # A failure inside the configuration file arrives as its traceback; the last line says what happened.
+        reason = str(error).strip().splitlines()[-1]
+        raise UsageError(reason.removeprefix("ValueError: ")) from error
+    if rest:
+        raise UsageError(f"{rest[0]!r} is not an option: options begin with --, see crcm train --help")
+    return values
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _check_key(key: str, config: ConfigDict) -> None:
+    known = list(_keys(config))
+    if key.split("[")[0] in known:
+        return
+    # A forgotten or misspelt section matters less than the last word.
+    same_word = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    near = difflib.get_close_matches(key, same_word, 1, cutoff=0.0) or difflib.get_close_matches(
+        key, known, 1, cutoff=0.4
+    )
+    hint = f": did you mean config.{near[0]}?" if near else ""
+    raise UsageError(f"the configuration has no key config.{key}{hint}")
+
+
+def main(argv: list[str]) -> int:
+    """Trains; returns 0 when done or stopped by a signal."""
+    if any(word in ("-h", "--help", "-help") for word in argv):
+        print(_USAGE)
+        return 0
+    config, workdir = parse(argv)
+    # The data pipeline's worker processes ask for absl flags that somebody has parsed.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    # Only now: a wrong command line is answered at once, without waiting for JAX to load.
+    from crcm_jax.train.loop import train
+
+    train(config, workdir)
+    return 0

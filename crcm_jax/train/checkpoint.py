@@ -1,0 +1,166 @@
+"""Saving and restoring a run, in the background and bit for bit.
+
+A checkpoint is a folder named by its iteration, as `storage` describes, with the trees `params` (student), `ema`, `opt`,
+`critic`, `critic_opt` and `counters`, the log's unfinished window in its meta.json, and the data iterator's state in
+data.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from crcm_jax.errors import UserError
+from crcm_jax.train import manifest, storage
+from crcm_jax.train.identity import as_json
+from crcm_jax.train.state import TrainState
+from crcm_jax.train.weights import load_params, save_params
+
+__all__ = ["FOLDER", "Checkpoints", "load_params", "save_params"]
+
+FOLDER = storage.FOLDER
+_COUNTERS = ("progress", "bad_samples", "skipped_updates", "bad_streak")
+_TREES = ("params", "ema", "opt", "critic", "critic_opt")
+
+
+def trees_of(state: TrainState) -> dict[str, Any]:
+    """The state as the named trees that a checkpoint holds; absent players are left out."""
+    trees = {name: getattr(state, name) for name in _TREES if getattr(state, name) is not None}
+    # Orbax keeps no empty subtrees: a missing master copy is left out rather than stored as None.
+    for name in trees.keys() & {"opt", "critic_opt"}:
+        trees[name] = {key: value for key, value in trees[name]._asdict().items() if value is not None}
+    return trees | {"counters": {name: getattr(state, name) for name in _COUNTERS}}
+
+
+def state_from(trees: dict[str, Any], like: TrainState) -> TrainState:
+    """The inverse of `trees_of`; `like` supplies the optimiser's type."""
+    fields = {name: trees.get(name) for name in _TREES}
+    for name in ("opt", "critic_opt"):
+        if fields[name] is not None:
+            fields[name] = type(like.opt)(**({"master": None} | fields[name]))
+    return TrainState(**fields, **trees["counters"])
+
+
+def _encode(data_state: Any) -> str:
+    if isinstance(data_state, bytes):
+        return json.dumps({"bytes": base64.b64encode(data_state).decode()})
+    return json.dumps({"json": data_state})
+
+
+def _decode(text: str) -> Any:
+    kind, value = next(iter(json.loads(text).items()))
+    return base64.b64decode(value) if kind == "bytes" else value
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, one at a time; the last `keep` whole ones stay."""
+
+    def __init__(self, workdir: Path, config, keep: int = 2):
+        self.parent = workdir / FOLDER
+        self.config = as_json(config)
+        self.keep = max(1, keep)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._saved: int | None = None
+
+    def save(self, state: TrainState, data_state: Any, log_state: Any) -> None:
+        """Starts a save of everything that is needed to go on bit for bit; waits for the save before it.
+
+        Returns when the state may be donated. A failure is raised by `check`, `wait` or the next `save`.
+        """
+        self.wait()
+        iteration = int(jax.device_get(state.progress.iteration))
+        if iteration == self._saved:
+            return
+        folder = self.parent / f"{iteration:09d}"
+        if folder.exists():
+            manifest.discard(folder)  # half-written or damaged: a whole one would have been restored
+        meta = {
+            "format": storage.FORMAT,
+            "iteration": iteration,
+            "training": self.config.get("training"),
+            "model": self.config.get("model"),
+            "config": self.config,
+            "log": log_state,
+            "jax": jax.__version__,
+        }
+        try:
+            folder.mkdir(parents=True)
+            response = storage.write_trees(folder, trees_of(state))
+        except Exception as error:
+            raise self._failure(error, folder) from error
+
+        def finish():
+            try:
+                manifest.write_text(folder / "data.json", _encode(data_state))
+                manifest.write_text(folder / "meta.json", json.dumps(meta, indent=1))
+                response.result()
+                manifest.seal(folder)
+            except Exception as error:
+                raise self._failure(error, folder) from error
+            self._prune()
+
+        self._saved = iteration
+        self._pending = self._worker.submit(finish)
+
+    def _failure(self, error: Exception, folder: Path) -> UserError:
+        kept = [path for path in storage.candidates(self.parent) if path != folder and manifest.is_sealed(path)]
+        before = f"the checkpoint before it, {kept[0]}, is intact" if kept else "there is no checkpoint before it"
+        reason = (
+            "the disk is full" if storage.is_out_of_space(error) else f"{type(error).__name__}: {error}".splitlines()[0]
+        )
+        if folder.exists():
+            manifest.discard(folder)
+        mend = "free some space" if storage.is_out_of_space(error) else "mend that"
+        return UserError(f"cannot write checkpoint {folder}: {reason}; {before}; {mend} and run the same command again")
+
+    def _prune(self) -> None:
+        """Deletes what the newest `keep` whole checkpoints make superfluous, half-written ones included."""
+        sealed = [folder for folder in storage.candidates(self.parent) if manifest.is_sealed(folder)]
+        for folder in storage.candidates(self.parent):
+            if folder not in sealed[: self.keep]:
+                manifest.discard(folder)
+
+    def check(self) -> None:
+        """Raises if a save has failed since the last call; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once no save is under way; UserError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for a save under way and reports its failure."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Any, Any] | None:
+        """(state, data state, log state) of the last whole checkpoint, in `like`'s shapes, types and shardings; None if
+        the run has none. UserError if it is of another training type or architecture."""
+        folder = storage.newest_whole(self.parent)
+        if folder is None:
+            return None
+        meta = storage.read_meta(folder)
+        if meta["training"] != self.config.get("training"):
+            raise UserError(
+                f"{folder} is of training type {meta['training']!r}, this run is {self.config.get('training')!r}: "
+                "choose another --workdir"
+            )
+        trees = storage.abstract(trees_of(like))
+        for name in trees:
+            flaw = storage.first_difference(storage.stored_shapes(folder).get(name, {}), trees[name])
+            if flaw:
+                raise UserError(f"{folder} is of another architecture: {name}: {flaw}")
+        state = state_from(storage.read_trees(folder, trees), like)
+        self._saved = meta["iteration"]
+        return state, _decode((folder / "data.json").read_text(encoding="utf-8")), meta["log"]

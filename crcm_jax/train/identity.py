@@ -1,0 +1,85 @@
+"""Which run a workdir belongs to: its configuration, kept beside its checkpoints, and a lock while one process trains."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from crcm_jax.errors import UserError
+from crcm_jax.train import manifest
+
+HARMLESS = ("train.", "sample.")
+"""Configuration that may change when a run goes on: how long, how often it saves, logs and samples."""
+
+NAME = "config.json"
+
+
+def as_json(config) -> dict[str, Any]:
+    """A ConfigDict (or dict) as it reads back from JSON: tuples become lists."""
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return json.loads(json.dumps(plain, default=str))
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first configuration key that matters and differs, as "key is A there and B here"; None if there is none."""
+    old, new = dict(flatten(old)), dict(flatten(new))
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "training", key)):
+        if key.startswith(HARMLESS):
+            continue
+        if key not in old:
+            return f"{key} is {new[key]!r} here and unknown there"
+        if key not in new:
+            return f"{key} is {old[key]!r} there and unknown here"
+        if old[key] != new[key]:
+            return f"{key} is {old[key]!r} there and {new[key]!r} here"
+    return None
+
+
+def claim(workdir: Path, config, ours: tuple[str, ...]) -> IO:
+    """Makes `workdir` this run's and returns the open lock file, which holds it until closed or the process ends.
+
+    `ours` names what a run writes into it. UserError if it belongs to another run, or another process trains in it now.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: --workdir must name a folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / ".lock", "a")  # noqa: SIM115 (it stays open as long as the run)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(
+            f"another process is training in {workdir} now: wait for it or choose another --workdir"
+        ) from None
+    path = workdir / NAME
+    new = as_json(config)
+    if path.exists():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is not readable as JSON: restore it, or choose another --workdir") from None
+        changed = difference(old, new)
+        if changed:
+            raise UserError(
+                f"{workdir} holds another run: {changed}; choose another --workdir, or the old value to go on with it"
+            )
+    else:
+        found = [name for name in ours if (workdir / name).exists()]
+        if found:
+            raise UserError(
+                f"{workdir} holds {found[0]} but no {NAME} that says which run it is from: choose another --workdir"
+            )
+    manifest.write_text(path, json.dumps(new, indent=1))
+    return lock

@@ -1,0 +1,136 @@
+"""What a run tells while it goes: a progress bar, metrics.jsonl, TensorBoard scalars.
+
+Metrics stay on the device until the next step has been handed to it, so logging never makes the device wait.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from crcm_jax.errors import UserError
+from crcm_jax.train import manifest
+
+JSONL = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+STREAK_LIMIT = 3
+"""So many iterations in a row without a finite loss end the run."""
+
+_SUMS = ("bad_samples", "skipped")
+_LAST = ("lr",)
+
+
+class RunLog:
+    """Means over windows of `every` iterations, one JSON line a window; counts are summed, the learning rate is the last.
+
+    A line holds nothing that depends on the clock: a run that was interrupted and went on leaves the same file as one
+    that was not. Speed goes to the progress bar and to TensorBoard.
+    """
+
+    def __init__(self, workdir: Path, start: int, total: int, every: int, window: dict[str, Any] | None = None):
+        """`start`: iterations done, lines after which are dropped; `window`: `state()` of the run that did them."""
+        self.every = max(1, every)
+        self._window: dict[str, list[float]] = {key: list(value) for key, value in (window or {}).items()}
+        self._pending: tuple[int, str, dict[str, jax.Array], dict[str, int]] | None = None
+        self._shown: dict[str, str] = {}
+        path = workdir / JSONL
+        if path.exists():
+            manifest.write_text(path, _lines_until(path, start))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1 if start else None)
+        self._bar = tqdm(total=total, initial=start, desc=workdir.name, unit="it", dynamic_ncols=True, smoothing=0.05)
+        self._clock = (time.perf_counter(), start)
+
+    def push(self, iteration: int, player: str, metrics: dict[str, jax.Array], counts: dict[str, int]) -> None:
+        """Takes the metrics of the iteration just dispatched (`iteration` counts it) and reads those of the one before."""
+        previous, self._pending = self._pending, (iteration, player, metrics, counts)
+        if previous is not None:
+            self._read(*previous)
+
+    def flush(self) -> None:
+        """Reads what is pending and puts every line on the disk."""
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            self._read(*previous)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def state(self) -> dict[str, Any]:
+        """The unfinished window, as JSON; call `flush` first."""
+        return {key: list(value) for key, value in self._window.items()}
+
+    def _read(self, iteration: int, player: str, metrics: dict[str, jax.Array], counts: dict[str, int]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        streak = values.pop("bad_streak", 0.0)
+        for name, value in values.items():
+            self._add(f"{player}/{name}", value)
+        self._bar.update(1)
+        if math.isfinite(values["loss"]):
+            self._shown[f"{player} loss"] = f"{values['loss']:.4g}"
+            self._bar.set_postfix(self._shown, refresh=False)
+        if iteration % self.every == 0:
+            self._write(iteration, counts)
+        if streak >= STREAK_LIMIT:
+            raise UserError(
+                f"the {player}'s loss was not finite for any sample in {STREAK_LIMIT} iterations running, up to iteration "
+                f"{iteration}: lower {'optim' if player == 'student' else 'critic_optim'}.lr or look at the data; the last "
+                "checkpoint is kept"
+            )
+
+    def _add(self, key: str, value: float) -> None:
+        entry = self._window.setdefault(key, [0.0, 0.0])
+        if _name(key) in _LAST:
+            entry[:] = [value, 1.0]
+        elif math.isfinite(value):
+            entry[0] += value
+            entry[1] += 1.0
+
+    def _write(self, iteration: int, counts: dict[str, int]) -> None:
+        line: dict[str, Any] = {"iteration": iteration, **counts}
+        for key in sorted(self._window):
+            total, count = self._window[key]
+            if _name(key) in _SUMS:
+                line[key] = int(total)
+            else:
+                # Every sample of the window was bad: there is no number to give, and NaN is not JSON.
+                line[key] = total / count if count else None
+        self._window = {}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in line.items():
+            if key != "iteration" and value is not None:
+                self._board.add_scalar(key, value, iteration)
+        now, then = time.perf_counter(), self._clock
+        self._board.add_scalar("iterations_per_second", (iteration - then[1]) / max(now - then[0], 1e-9), iteration)
+        self._clock = (now, iteration)
+
+    def close(self) -> None:
+        """Ends the bar and closes the files; what is pending and was not flushed is lost."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _lines_until(path: Path, iteration: int) -> str:
+    """The lines of a metrics file up to `iteration`; a last line that a kill cut short is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] > iteration:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line + "\n")
+    return "".join(kept)

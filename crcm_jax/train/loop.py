@@ -1,0 +1,205 @@
+"""A run: data in, iterations, log lines, clips and checkpoints out, until it is done or told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crcm_jax import build
+from crcm_jax.data import pipeline
+from crcm_jax.errors import UsageError, blame_config
+from crcm_jax.models.base import Params
+from crcm_jax.objectives.algorithm import Algorithm
+from crcm_jax.train import identity, logging, state, storage
+from crcm_jax.train.checkpoint import Checkpoints
+from crcm_jax.train.optimizer import Optimizer
+from crcm_jax.train.step import make_steps, step_key
+from crcm_jax.train.weights import load_params
+
+SAMPLES = "samples"
+
+Sampler = Callable[[Params, int, Path], None]
+"""`(EMA weights, iteration, folder)`: writes clips into the folder."""
+
+_CAUSAL_DIFFUSION = ("tf", "df")
+_CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm")
+_MATCHING = ("sf_dmd", "tf_scm_sf_dmd")
+STAGES = {
+    "teacher": _CAUSAL_DIFFUSION,
+    "real": ("bidirectional",),
+    "critic": ("bidirectional", *_MATCHING),
+}
+"""Training types whose weights can play a role; those a student may start from depend on its own training type."""
+
+
+def student_stages(training: str) -> tuple[str, ...]:
+    """Training types whose weights the student of `training` may start from."""
+    if training == "bidirectional":
+        return ("bidirectional",)
+    if training in _CAUSAL_DIFFUSION:
+        return ("bidirectional", *_CAUSAL_DIFFUSION)
+    return (*_CAUSAL_DIFFUSION, *_CONSISTENCY, *(_MATCHING if training in _MATCHING else ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """What a new run starts from. `others` are the frozen trees that the algorithm reads, and `uncond`."""
+
+    student: Params
+    critic: Params | None = None
+    others: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """`requested` turns true on SIGTERM or SIGINT; a second signal acts as if this were not here."""
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def _request(self, number, frame):
+        self.requested = True
+        print("crcm: stopping: finishing the step and saving", file=sys.stderr, flush=True)
+        signal.signal(number, self._before[number])
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Python delivers signals to the main thread alone; elsewhere the caller has to handle them.
+            with contextlib.suppress(ValueError):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run(
+    config,
+    workdir: str | Path,
+    *,
+    algorithm: Algorithm,
+    data: Iterable[dict[str, Any]],
+    init: Initial,
+    sampler: Sampler | None = None,
+) -> state.TrainState:
+    """Trains until `config.train.steps` iterations or a signal, going on from the workdir's last whole checkpoint.
+
+    data: its iterator gives numpy batches of one shape and has `get_state` (bytes, or anything JSON can hold) and `set_state`.
+    Returns the last state, saved. UserError: the workdir holds another run or only damaged checkpoints, no sample's loss
+    was finite for three iterations, a checkpoint could not be written.
+    """
+    workdir = Path(workdir)
+    with identity.claim(workdir, config, ours=(storage.FOLDER, logging.JSONL)):
+        return _run(config, workdir, algorithm, data, init, sampler)
+
+
+def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
+    with blame_config():
+        optimizer = Optimizer.from_config(config.optim)
+        critic_optimizer = None if algorithm.critic is None else Optimizer.from_config(config.critic_optim)
+        student_step, critic_step = make_steps(
+            algorithm,
+            optimizer,
+            critic_optimizer,
+            ema_rate=config.ema.rate,
+            seed=config.seed,
+            accumulate=config.optim.get("accumulate", 1),
+        )
+    settings, iterator, others = config.train, iter(data), init.others
+
+    def fresh(student, critic):
+        return state.create(student, optimizer, critic, critic_optimizer)
+
+    checkpoints = Checkpoints(workdir, config, settings.keep)
+    restored = checkpoints.restore(jax.eval_shape(fresh, init.student, init.critic))
+    if restored is None:
+        now, window = fresh(init.student, init.critic), None
+    else:
+        now, data_state, window = restored
+        iterator.set_state(data_state)
+    del init, restored
+    iteration = int(now.progress.iteration)
+    if iteration:
+        print(f"crcm: {workdir} goes on from iteration {iteration}", file=sys.stderr)
+
+    log = logging.RunLog(workdir, iteration, settings.steps, settings.log_every, window)
+    compiled = set()
+
+    def save():
+        log.flush()
+        with jax.transfer_guard("allow"):
+            checkpoints.save(now, iterator.get_state(), log.state())
+
+    # Closed in reverse: a save under way is finished, and its failure reported, whatever else happens.
+    with contextlib.closing(log), contextlib.closing(checkpoints), StopSignal() as stop:
+        while iteration < settings.steps and not stop.requested:
+            student = algorithm.is_student_phase(iteration)
+            player, step = ("student", student_step) if student else ("critic", critic_step)
+            batch = jax.device_put(next(iterator))
+            # Tracing moves constants to the device; once compiled, a step that moves anything by accident is a mistake.
+            with jax.transfer_guard("disallow" if player in compiled else "allow"):
+                now, metrics = step(now, others, batch)
+            compiled.add(player)
+            iteration += 1
+            student_updates, critic_updates = algorithm.counts(iteration)
+            counts = {"student_updates": student_updates, "critic_updates": critic_updates}
+            log.push(iteration, player, metrics, counts)
+            checkpoints.check()
+            if settings.save_every and iteration % settings.save_every == 0:
+                save()
+            if sampler and settings.sample_every and iteration % settings.sample_every == 0:
+                (workdir / SAMPLES).mkdir(exist_ok=True)
+                sampler(now.ema, iteration, workdir / SAMPLES)
+        save()
+    return now
+
+
+def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
+    """The trees that `config.init` names, in `config.param_dtype`, checked against their networks and stages.
+
+    student: random if its path is ''. critic: the real score if its path is ''. uncond: the negative prompt's embedding
+    `[1, token, channel]`.
+    """
+    key = step_key(config.seed, "init", 0, 0)
+    dtype = jnp.dtype(config.param_dtype)
+
+    def load(role, training):
+        expect = jax.eval_shape(build.network(config, role).init, key)
+        return load_params(config.init[role], expect=expect, dtype=dtype, training=training)
+
+    others = {"uncond": jnp.asarray(uncond)}
+    for role in algorithm.reads:
+        if not config.init[role]:
+            raise UsageError(
+                f"training {config.training!r} needs --config.init.{role}: the workdir of a run trained as "
+                f"{' or '.join(STAGES[role])}"
+            )
+        others[role] = load(role, STAGES[role])
+    if config.init.student:
+        student = load("student", student_stages(config.training))
+    else:
+        student = jax.jit(build.network(config, "student").init)(key)
+        student = jax.tree.map(lambda x: x.astype(dtype), student)
+    critic = None
+    if algorithm.critic is not None:
+        critic = load("critic", STAGES["critic"]) if config.init.critic else others["real"]
+    return Initial(student, critic, others)
+
+
+def train(config, workdir: str | Path) -> state.TrainState:
+    """Assembles what `config` describes and runs it in `workdir`; see `run`."""
+    with blame_config():
+        algorithm = build.algorithm(config)
+        codec, text_encoder = build.codec(config), build.text_encoder(config)
+        data = pipeline.make(config, codec=codec, text_encoder=text_encoder)
+    init = initial(config, algorithm, text_encoder([""]))
+    return run(config, workdir, algorithm=algorithm, data=data, init=init)
