@@ -1,8 +1,8 @@
 """Saving and restoring a run, in the background and bit for bit.
 
-A checkpoint is a folder named by its iteration, as `storage` describes, with the trees `params` (student), `ema`, `opt`,
-`critic`, `critic_opt` and `counters`, the log's unfinished window in its meta.json, and the data iterator's state in
-data.json.
+A checkpoint is a folder named by its iteration, as `storage` describes, with the trees `params` (student), `ema`,
+`opt`, `critic`, `critic_opt` and `counters`, the log's unfinished window in its meta.json, and the data iterator's state
+in data.json.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def exponent(rate: float) -> float:
 
 
 def new_weight(index: jax.Array, gamma: float) -> jax.Array:
-    """1 − β_i, the share of the newest parameters at student update `index` (from 0): β_i = (1 − 1/(i+1))^(γ+1), β_0 = 0.
+    """1 − β_i, the newest parameters' share at student update i = `index` (from 0): β_i = (1 − 1/(i+1))^(γ+1), β_0 = 0.
 
     Through log1p and expm1: 1 − β_i shrinks as (γ+1)/i, where float32 powers lose their digits.
     """

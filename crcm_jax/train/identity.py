@@ -1,4 +1,4 @@
-"""Which run a workdir belongs to: its configuration, kept beside its checkpoints, and a lock while one process trains."""
+"""Which run a workdir belongs to: its configuration beside its checkpoints, and a lock while one process trains."""
 
 from __future__ import annotations
 

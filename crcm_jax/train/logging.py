@@ -29,7 +29,7 @@ _LAST = ("lr",)
 
 
 class RunLog:
-    """Means over windows of `every` iterations, one JSON line a window; counts are summed, the learning rate is the last.
+    """Means over windows of `every` iterations, one JSON line each; counts are summed, the learning rate is the last.
 
     A line holds nothing that depends on the clock: a run that was interrupted and went on leaves the same file as one
     that was not. Speed goes to the progress bar and to TensorBoard.
@@ -50,7 +50,7 @@ class RunLog:
         self._clock = (time.perf_counter(), start)
 
     def push(self, iteration: int, player: str, metrics: dict[str, jax.Array], counts: dict[str, int]) -> None:
-        """Takes the metrics of the iteration just dispatched (`iteration` counts it) and reads those of the one before."""
+        """Takes the metrics of the iteration just dispatched (`iteration` counts it), reads those of the one before."""
         previous, self._pending = self._pending, (iteration, player, metrics, counts)
         if previous is not None:
             self._read(*previous)
@@ -79,10 +79,10 @@ class RunLog:
         if iteration % self.every == 0:
             self._write(iteration, counts)
         if streak >= STREAK_LIMIT:
+            section = "optim" if player == "student" else "critic_optim"
             raise UserError(
-                f"the {player}'s loss was not finite for any sample in {STREAK_LIMIT} iterations running, up to iteration "
-                f"{iteration}: lower {'optim' if player == 'student' else 'critic_optim'}.lr or look at the data; the last "
-                "checkpoint is kept"
+                f"the {player}'s loss was not finite for any sample in {STREAK_LIMIT} iterations running, up to "
+                f"iteration {iteration}: lower {section}.lr or look at the data; the last checkpoint is kept"
             )
 
     def _add(self, key: str, value: float) -> None:

@@ -93,9 +93,9 @@ def run(
 ) -> state.TrainState:
     """Trains until `config.train.steps` iterations or a signal, going on from the workdir's last whole checkpoint.
 
-    data: its iterator gives numpy batches of one shape and has `get_state` (bytes, or anything JSON can hold) and `set_state`.
-    Returns the last state, saved. UserError: the workdir holds another run or only damaged checkpoints, no sample's loss
-    was finite for three iterations, a checkpoint could not be written.
+    data: its iterator gives numpy batches of one shape and has `get_state` (bytes, or anything JSON can hold) and
+    `set_state`. Returns the last state, saved. UserError: the workdir holds another run or only damaged checkpoints, no
+    sample's loss was finite for three iterations, a checkpoint could not be written.
     """
     workdir = Path(workdir)
     with identity.claim(workdir, config, ours=(storage.FOLDER, logging.JSONL)):

@@ -1,4 +1,4 @@
-"""AdamW as spec section 7.1 wants it: float32 moments, float32 master weights, warm-up over the network's own updates."""
+"""AdamW of spec section 7.1: float32 moments, float32 master weights, warm-up over the network's own updates."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Optimizer:
         return optax.linear_schedule(WARMUP_START * self.lr, self.lr, self.warmup)(count)
 
     def init(self, params: Params) -> OptimizerState:
-        """State before the first update. Bytes per parameter: 8, and 4 more where parameters are narrower than float32."""
+        """State before the first update. Bytes per parameter: 8, and 4 more if any are narrower than float32."""
         narrow = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
         master = _float32(params) if narrow else None
         return OptimizerState(jnp.zeros((), jnp.int32), self._transform().init(_float32(params)), master)

@@ -1,8 +1,8 @@
 """One iteration: guarded gradient, accumulation, optimiser, EMA, counters.
 
 A sample whose loss is not finite costs only itself: its gradient is never mixed with the others' (0·NaN is NaN, so a
-mask on the loss alone would not do, spec section 4.4 step 6). The gradient is taken again with a good sample's inputs in
-its place and a weight of zero, and the update is the mean over the samples that were kept.
+mask on the loss alone would not do, spec section 4.4 step 6). The gradient is taken again with a good sample's inputs
+in its place and a weight of zero, and the update is the mean over the samples that were kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def step_key(seed: int, purpose: str, iteration: jax.Array, microbatch: jax.Arra
 
 
 class Gradient(NamedTuple):
-    """grads: Σ over kept samples of ∇loss / batch size, float32. kept: how many samples. loss, metrics: sums over them."""
+    """grads: Σ over kept samples of ∇loss / batch size, float32. kept: how many. loss, metrics: sums over them."""
 
     grads: Params
     kept: jax.Array

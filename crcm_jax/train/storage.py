@@ -90,8 +90,8 @@ def newest_whole(parent: Path) -> Path | None:
         warn(f"checkpoint {folder} {flaw}; going back to the one before it")
     if sealed:
         raise UserError(
-            f"none of the {len(sealed)} checkpoints in {parent} is undamaged: restore one from a copy, or start again in "
-            "another --workdir"
+            f"none of the {len(sealed)} checkpoints in {parent} is undamaged: restore one from a copy, or start again "
+            "in another --workdir"
         )
     return None
 

@@ -19,7 +19,7 @@ from crcm_jax.train import manifest, storage
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint folder or `.safetensors` file that `path` means: itself, or the newest whole checkpoint of a workdir.
+    """The checkpoint folder or `.safetensors` file that `path` means: itself, or a workdir's newest whole checkpoint.
 
     UserError, one sentence, if there is nothing there, nothing finished, or nothing undamaged.
     """
@@ -47,8 +47,8 @@ def find(path: str | Path) -> Path:
 
 
 def load_meta(path: str | Path) -> dict[str, Any]:
-    """What is known of the run behind `path`: `training`, `model`, `config`, `iteration` … A foreign `.safetensors` file
-    gives an empty dict."""
+    """What is known of the run behind `path`: `training`, `model`, `config`, `iteration` …; of a foreign `.safetensors`
+    file, nothing."""
     found = find(path)
     if found.is_dir():
         return storage.read_meta(found)
@@ -77,7 +77,8 @@ def load_params(
     meta = load_meta(found)
     if training and meta.get("training") and meta["training"] not in training:
         raise UserError(
-            f"{found} is of another stage: it was trained as {meta['training']!r}, needed here is {' or '.join(training)}"
+            f"{found} is of another stage: it was trained as {meta['training']!r}, "
+            f"needed here is {' or '.join(training)}"
         )
     if found.is_dir():
         return _load_folder(found, which, expect, dtype)
