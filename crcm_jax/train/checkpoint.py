@@ -1,8 +1,7 @@
 """Saving and restoring a run, in the background and bit for bit.
 
 A checkpoint is a folder named by its iteration, as `storage` describes, with the trees `params` (student), `ema`,
-`opt`, `critic`, `critic_opt` and `counters`, the log's unfinished window in its meta.json, and the data iterator's state
-in data.json.
+`opt`, X
 """
 
 from __future__ import annotations
@@ -103,27 +102,30 @@ class Checkpoints:
                 manifest.seal(folder)
             except Exception as error:
                 raise self._failure(error, folder) from error
-            self._prune()
+            self._saved = iteration
+            self._prune(iteration)
 
-        self._saved = iteration
         self._pending = self._worker.submit(finish)
 
     def _failure(self, error: Exception, folder: Path) -> UserError:
         kept = [path for path in storage.candidates(self.parent) if path != folder and manifest.is_sealed(path)]
         before = f"the checkpoint before it, {kept[0]}, is intact" if kept else "there is no checkpoint before it"
-        reason = (
-            "the disk is full" if storage.is_out_of_space(error) else f"{type(error).__name__}: {error}".splitlines()[0]
-        )
+        full = storage.is_out_of_space(error)
+        reason = "the disk is full" if full else f"{type(error).__name__}: {error}".splitlines()[0]
         if folder.exists():
             manifest.discard(folder)
-        mend = "free some space" if storage.is_out_of_space(error) else "mend that"
+        mend = "free some space" if full else "mend that"
         return UserError(f"cannot write checkpoint {folder}: {reason}; {before}; {mend} and run the same command again")
 
-    def _prune(self) -> None:
-        """Deletes what the newest `keep` whole checkpoints make superfluous, half-written ones included."""
-        sealed = [folder for folder in storage.candidates(self.parent) if manifest.is_sealed(folder)]
-        for folder in storage.candidates(self.parent):
-            if folder not in sealed[: self.keep]:
+    def _prune(self, newest: int) -> None:
+        """Deletes all but the last `keep` whole checkpoints up to iteration `newest`, which has just been sealed.
+
+        Later ones can only be left from before the run went back to an earlier checkpoint: damaged, or half-written.
+        """
+        folders = storage.candidates(self.parent)
+        kept = [folder for folder in folders if int(folder.name) <= newest and manifest.is_sealed(folder)][: self.keep]
+        for folder in folders:
+            if folder not in kept:
                 manifest.discard(folder)
 
     def check(self) -> None:

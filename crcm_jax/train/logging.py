@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from crcm_jax.errors import UserError
@@ -45,7 +47,7 @@ class RunLog:
         if path.exists():
             manifest.write_text(path, _lines_until(path, start))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1 if start else None)
+        self._board = _Board(workdir / TENSORBOARD, start)
         self._bar = tqdm(total=total, initial=start, desc=workdir.name, unit="it", dynamic_ncols=True, smoothing=0.05)
         self._clock = (time.perf_counter(), start)
 
@@ -107,9 +109,10 @@ class RunLog:
         self._file.flush()
         for key, value in line.items():
             if key != "iteration" and value is not None:
-                self._board.add_scalar(key, value, iteration)
+                self._board.scalar(key, value, iteration)
         now, then = time.perf_counter(), self._clock
-        self._board.add_scalar("iterations_per_second", (iteration - then[1]) / max(now - then[0], 1e-9), iteration)
+        self._board.scalar("iterations_per_second", (iteration - then[1]) / max(now - then[0], 1e-9), iteration)
+        self._board.flush()
         self._clock = (now, iteration)
 
     def close(self) -> None:
@@ -117,6 +120,28 @@ class RunLog:
         self._bar.close()
         self._file.close()
         self._board.close()
+
+
+class _Board:
+    """TensorBoard's event file, written in step with the run: tensorboardX's usual writer has a thread and a bounded
+    queue, and blocks for ever once a full disk has ended the thread."""
+
+    def __init__(self, folder: Path, start: int):
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        if start:
+            # Tells TensorBoard to drop what an interrupted run wrote after its last checkpoint.
+            session = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=session))
+
+    def scalar(self, name: str, value: float, iteration: int) -> None:
+        self._writer.write_event(Event(wall_time=time.time(), step=iteration, summary=summary.scalar(name, value)))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _name(key: str) -> str:

@@ -42,9 +42,9 @@ def warn(message: str) -> None:
 def is_out_of_space(error: BaseException) -> bool:
     """Whether an exception, or what caused it, is a full disk or an exhausted quota (tensorstore says so in words)."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if re.search(r"ENOSPC|EDQUOT|EFBIG|No space left on device|quota exceeded|File too large", str(error)):
+        if re.search(r"ENOSPC|EDQUOT|No space left on device|quota exceeded", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
