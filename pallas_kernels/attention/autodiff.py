@@ -1,8 +1,8 @@
 """One derivative rule for every tiled backend.
 
 Forward mode is the tangent kernel; reverse mode is its transpose, the backward kernel, tied together by `linear_call`.
-Which inputs have tangents is known while tracing (`symbolic_zeros`): only those become linear arguments, and a kernel is
-told which terms to leave out.
+Which inputs have tangents is known while tracing (`symbolic_zeros`): only those become linear arguments, and a kernel
+is told which terms to leave out.
 
 Residuals of the tangent (queries, keys, values, output, lse) are themselves differentiable. Their derivative, a second
 derivative of attention, is taken through the plain implementation a block of rows at a time: right, and slow. Where it

@@ -2,8 +2,8 @@
 
 A mask never becomes an array of pairs. Every description normalises, by arithmetic on row numbers, to `rows`: an int32
 array `[4, N]` whose rows are (lo₁, hi₁, lo₂, hi₂). Query n sees the keys [lo₁, hi₁) ∪ [lo₂, hi₂) of that segment; the
-two are ordered and disjoint, and an empty interval is any lo = hi. `None` instead of an array says that every query sees
-every key. Kernels consume this one form, mostly through `tile_ranges`.
+two are ordered and disjoint, and an empty interval is any lo = hi. `None` instead of an array says that every query
+sees every key. Kernels consume this one form, mostly through `tile_ranges`.
 
 Descriptions made of Python integers normalise to NumPy arrays, so that schedules can be planned while tracing; with
 traced fields the same arithmetic runs in JAX.
