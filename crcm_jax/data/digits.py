@@ -104,7 +104,7 @@ def trajectory(start: np.ndarray, velocity: np.ndarray, frames: int, low: np.nda
 
 
 def render(images: np.ndarray, centres: np.ndarray, height: int, width: int, digit_size: float) -> np.ndarray:
-    """Images `[digit, 8, 8]` in [0, 1] drawn at sub-pixel `centres` `[frame, digit, 2]`.
+    """Images `[digit, 8, 8]` (or `[frame, digit, 8, 8]`) in [0, 1] drawn at sub-pixel `centres` `[frame, digit, 2]`.
 
     Cubic interpolation, so that a digit keeps its shape while it moves by fractions of a pixel; where digits overlap
     the brighter one wins. Returns float32 `[frame, height, width, 1]` in [−1, 1], −1 the empty canvas.
@@ -114,6 +114,17 @@ def render(images: np.ndarray, centres: np.ndarray, height: int, width: int, dig
     drawn = rows @ images @ np.swapaxes(columns, -1, -2)
     brightest = drawn[:, 0] if drawn.shape[1] == 1 else drawn.max(axis=1)
     return (np.clip(brightest, 0, 1) * 2 - 1)[..., None]
+
+
+def start_box(
+    velocity: np.ndarray, straight: float, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest centres `[…, 2]` from which `straight` frames at `velocity` meet no wall, where there is room.
+
+    Without this "moves up" could show a digit that only ever comes down.
+    """
+    ahead = velocity * straight
+    return np.minimum(low + np.maximum(-ahead, 0), high), np.maximum(high - np.maximum(ahead, 0), low)
 
 
 def prompt_of(labels: Sequence[int], directions: Sequence[str]) -> str:
@@ -177,17 +188,23 @@ class DigitsSource:
         if not 0 <= index < self._count:
             raise IndexError(f"clip {index} of {self._count}")
         rng = np.random.default_rng((self._seed, SPLITS.index(self._split), index))
-        images, labels = load_images(self._split)
-        which = rng.integers(len(images), size=self._digits)
+        which = rng.integers(len(load_images(self._split)[0]), size=self._digits)
         directions = [_DIRECTION_NAMES[i] for i in rng.integers(len(DIRECTIONS), size=self._digits)]
-        speed = rng.uniform(self._slowest, self._fastest, size=(self._digits, 1))
+        return self._clip(rng, which, directions)
+
+    def clip_of(self, prompt: str, seed: int) -> dict[str, Any]:
+        """A clip that fits `prompt`, by `seed`: image, start and speed are drawn. UserError for a foreign prompt."""
+        rng = np.random.default_rng((self._seed, SPLITS.index(self._split), len(SPLITS), seed))
+        named = parse_prompt(prompt)
+        labels = load_images(self._split)[1]
+        which = np.array([rng.choice(np.flatnonzero(labels == label)) for label, _ in named])
+        return self._clip(rng, which, [direction for _, direction in named])
+
+    def _clip(self, rng: np.random.Generator, which: np.ndarray, directions: Sequence[str]) -> dict[str, Any]:
+        images, labels = load_images(self._split)
+        speed = rng.uniform(self._slowest, self._fastest, size=(len(which), 1))
         velocity = speed * np.array([DIRECTIONS[name] for name in directions])
-        # Keep away from the wall ahead, or "moves up" would show a digit that only ever comes down.
-        ahead = velocity * self._straight
-        start = rng.uniform(
-            np.minimum(self._low + np.maximum(-ahead, 0), self._high),
-            np.maximum(self._high - np.maximum(ahead, 0), self._low),
-        )
+        start = rng.uniform(*start_box(velocity, self._straight, self._low, self._high))
         centres = trajectory(start, velocity, self._frames, self._low, self._high).astype(np.float32)
         return dict(
             video=render(images[which], centres, self._height, self._width, self._size),

@@ -131,6 +131,16 @@ def test_two_digits_and_their_prompt():
     assert clip["centres"].shape == (9, 2, 2)
 
 
+def test_clips_of_a_prompt_fit_it_and_differ():
+    source = DigitsSource(config(), "heldout")
+    clips = [source.clip_of("a three moves up and left", seed) for seed in range(20)]
+    assert {clip["prompt"] for clip in clips} == {"a three moves up and left"}
+    assert len({clip["video"].tobytes() for clip in clips}) == 20
+    np.testing.assert_array_equal(clips[3]["video"], source.clip_of("a three moves up and left", 3)["video"])
+    for clip in clips:
+        assert (clip["velocity"] < 0).all() and list(clip["labels"]) == [3]
+
+
 def test_prompts_round_trip_and_others_are_refused():
     assert digits.prompt_of([3, 8], ["up and left", "right"]) == "a three moves up and left and an eight moves right"
     for label in range(10):
