@@ -1,0 +1,144 @@
+"""The autoencoder against diffusers' `AutoencoderKLWan`, tiny and random, in float32 on the CPU."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from convert.tables import wan_vae as tables
+from crcm_jax.models.wan.vae import WanVAE
+from crcm_jax.models.wan.vae_config import WanVAEConfig
+
+torch = pytest.importorskip("torch", reason="the comparison needs torch (pip install -e .[parity])")
+diffusers = pytest.importorskip("diffusers", reason="the comparison needs diffusers (pip install -e .[parity])")
+
+STATISTICS = {"mean": (0.1, 0.2, -0.3, 0.4), "std": (1.0, 2.0, 0.5, 1.5)}
+OURS = {
+    "2.1": WanVAEConfig(channels=4, encoder_dim=8, decoder_dim=8, blocks=1, dtype="float32", **STATISTICS),
+    "2.2": WanVAEConfig(
+        channels=4, encoder_dim=8, decoder_dim=16, blocks=1, dtype="float32", patch=2, residual=True, **STATISTICS
+    ),
+}
+THEIRS = {
+    "2.1": {},
+    "2.2": {
+        "decoder_base_dim": 16,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    },
+}
+LAYOUTS = {
+    "same": lambda a: a,
+    "conv2d": lambda a: a.transpose(2, 3, 1, 0),
+    "conv3d": lambda a: a.transpose(2, 3, 4, 1, 0),
+    "gamma2d": lambda a: a[:, 0, 0],
+    "gamma3d": lambda a: a[:, 0, 0, 0],
+}
+BOUND = 1e-4
+"""Relative to the largest value. Measured 2e-6; float32 sums of some thousand products in another order."""
+
+
+def torch_model(version):
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, num_res_blocks=1, temperal_downsample=[False, True, True], **THEIRS[version]
+    ).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.numel() == max(p.shape):  # biases and norm scales, which start as zeros and ones
+                p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def torch_params(version, model):
+    """The model's tensors as our tree, every one used once and every leaf filled."""
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    params = {}
+    for theirs, ours, layout in tables.diffusers(OURS[version]):
+        *path, leaf = ours.split(".")
+        node = params
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = LAYOUTS[layout](state.pop(theirs))
+    assert not state
+    shapes = jax.eval_shape(WanVAE(OURS[version]).init, jax.random.key(0))
+    assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, shapes)
+    return params
+
+
+@pytest.fixture(scope="module", params=list(OURS))
+def pair(request):
+    model = torch_model(request.param)
+    return model, WanVAE(OURS[request.param]), torch_params(request.param, model)
+
+
+def sample(frames):
+    return np.random.default_rng(frames).uniform(-1, 1, (1, frames, 32, 48, 3)).astype(np.float32)
+
+
+def torch_encode(model, video):
+    with torch.no_grad():
+        z = model.encode(torch.tensor(video).permute(0, 4, 1, 2, 3)).latent_dist.mode()
+    return (z.permute(0, 2, 3, 4, 1).numpy() - STATISTICS["mean"]) / STATISTICS["std"]
+
+
+def torch_decode(model, latents):
+    z = torch.tensor(latents * STATISTICS["std"] + STATISTICS["mean"], dtype=torch.float32)
+    with torch.no_grad():
+        return model.decode(z.permute(0, 4, 1, 2, 3)).sample.permute(0, 2, 3, 4, 1).numpy()
+
+
+def relative(a, b):
+    return float(np.max(np.abs(np.asarray(a) - b)) / np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_encode_and_decode(pair, frames):
+    model, vae, params = pair
+    video = sample(frames)
+    z = torch_encode(model, video)
+    assert relative(vae.encode(params, video), z) <= BOUND
+    # Twice the latents, for pixels of some size; most stay off the clipping at ±1.
+    expected = torch_decode(model, 2 * z)
+    assert np.mean(np.abs(expected) < 1) > 0.9
+    assert relative(vae.decode(params, (2 * z).astype(np.float32)), expected) <= BOUND
+
+
+def test_every_parameter_counts(pair):
+    """Changing any one leaf breaks the agreement, so the comparison above covers each of them."""
+    model, vae, params = pair
+    video = sample(9)
+    z = torch_encode(model, video).astype(np.float32)
+    encoded, decoded = vae.encode(params, video), vae.decode(params, z)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    for i, (path, leaf) in enumerate(leaves):
+        changed = jax.tree.unflatten(tree, [x * 1.2 + 0.05 if i == j else x for j, (_, x) in enumerate(leaves)])
+        if path[0].key == "encoder":
+            error = relative(vae.encode(changed, video), encoded)
+        else:
+            error = relative(vae.decode(changed, z), decoded)
+        assert error > 10 * BOUND, f"{jax.tree_util.keystr(path)} {leaf.shape}: {error}"
+
+
+def test_native_names_are_the_official_conversion_of_diffusers_names():
+    """The native tables list as many tensors, to the same leaves; spot checks against the published checkpoints."""
+    for config in (WanVAEConfig.wan21(), WanVAEConfig.wan22()):
+        native, other = tables.native(config), tables.diffusers(config)
+        assert {e[1:] for e in native} == {e[1:] for e in other}
+        assert len({e[0] for e in native}) == len(native) == len(other) == (196 if config.residual else 194)
+    first = {ours: native for native, ours, _ in tables.native(WanVAEConfig.wan21())}
+    assert first["encoder.stage2.resample.time_conv.kernel"] == "encoder.downsamples.8.time_conv.weight"
+    assert first["encoder.stage1.block0.shortcut.bias"] == "encoder.downsamples.3.shortcut.bias"
+    assert first["decoder.stage1.block0.shortcut.kernel"] == "decoder.upsamples.4.shortcut.weight"
+    assert first["decoder.stage3.block2.norm2.scale"] == "decoder.upsamples.14.residual.3.gamma"
+    assert first["decoder.stage2.resample.conv.kernel"] == "decoder.upsamples.11.resample.1.weight"
+    second = {ours: native for native, ours, _ in tables.native(WanVAEConfig.wan22())}
+    assert second["encoder.stage1.block0.shortcut.kernel"] == "encoder.downsamples.1.downsamples.0.shortcut.weight"
+    assert second["encoder.stage2.resample.time_conv.bias"] == "encoder.downsamples.2.downsamples.2.time_conv.bias"
+    assert second["decoder.stage0.resample.time_conv.kernel"] == "decoder.upsamples.0.upsamples.3.time_conv.weight"
+    assert second["decoder.stage3.block0.shortcut.bias"] == "decoder.upsamples.3.upsamples.0.shortcut.bias"
+    assert not any(re.search(r"[{}]", e[0] + e[1]) for e in tables.native(WanVAEConfig.wan22()))
