@@ -56,7 +56,7 @@ class Classifier:
         clips, frames = videos.shape[:2]
         # Pixels that a decoder let slip out of [−1, 1] are shown clipped, so they are judged clipped.
         flat = np.clip(np.asarray(videos, np.float32), -1, 1).reshape(-1, *videos.shape[2:])
-        parts = [self._apply(block)[0::2] for block in _in_blocks(flat)]
+        parts = [jax.device_get(self._apply(block)[0::2]) for block in _in_blocks(flat)]
         logits, features = (np.concatenate(part)[: len(flat)] for part in zip(*parts))
         return logits.reshape(clips, frames, -1), features.reshape(clips, frames, -1) / self._scale
 
@@ -86,7 +86,7 @@ def train(config: Any, *, steps: int = 500, batch: int = 128, seed: int = 0) -> 
         params, state = step(params, state, *_draw(rng, config, batch))
 
     apply = jax.jit(lambda frames: nnx.merge(network, params)(frames))
-    scale = np.std(apply(_draw(rng, config, 2048)[0])[2], axis=0)
+    scale = np.asarray(apply(_draw(rng, config, 2048)[0])[2]).std(axis=0)
     return Classifier(apply, scale, config.digits)
 
 

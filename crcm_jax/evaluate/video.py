@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -68,7 +69,11 @@ def _write_moving(path: Path, frames: np.ndarray, fps: float) -> None:
     if path.suffix.lower() == ".mp4":
         # 4:2:0 chroma, the only kind that every player shows, needs even sides.
         frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)])
-        iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2)
+        with warnings.catch_warnings():
+            # JAX warns of every fork; this one becomes ffmpeg at once and runs nothing of ours.
+            warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
+            options = dict(fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2)
+            iio.imwrite(path, frames, plugin="FFMPEG", **options)
         return
     images = [Image.fromarray(frame) for frame in frames]
     kind = "GIF" if path.suffix.lower() == ".gif" else "PNG"
