@@ -110,7 +110,7 @@ def test_the_step_does_not_change_the_result():
     vae, params = WanVAE(CONFIGS["2.1"]), random_params(CONFIGS["2.1"])
     longer = WanVAE(dataclasses.replace(vae.config, step=3))
     z = latents(vae.config, 5)
-    assert relative(longer.decode(params, z), vae.decode(params, z)) <= 1e-5
+    assert relative(longer.decode(params, z[:, :4]), vae.decode(params, z)[:, :13]) <= 1e-5
 
 
 def test_bfloat16_is_near_float32():
