@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -55,6 +56,15 @@ def write_video(path: str | Path, video: np.ndarray, fps: float = 8, scale: int 
     finally:
         half_written.unlink(missing_ok=True)
     return path
+
+
+def animated_png(video: np.ndarray, fps: float = 8, hold: float = 0.6) -> bytes:
+    """A file that loops `video` `[frame, height, width, channel]`, resting `hold` seconds on the last frame."""
+    images = [Image.fromarray(frame) for frame in to_uint8(video)]
+    durations = [1000 / fps] * (len(images) - 1) + [1000 / fps + 1000 * hold]
+    file = io.BytesIO()
+    images[0].save(file, "PNG", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return file.getvalue()
 
 
 def frame_grid(videos: np.ndarray, scale: int | None = None, gap: int = 2) -> np.ndarray:
