@@ -158,11 +158,11 @@ class Checkpoints:
                 f"{folder} is of training type {meta['training']!r}, this run is {self.config.get('training')!r}: "
                 "choose another --workdir"
             )
-        trees = storage.abstract(trees_of(like))
-        for name in trees:
-            flaw = storage.first_difference(storage.stored_shapes(folder).get(name, {}), trees[name])
+        wanted, stored = trees_of(like), storage.stored_shapes(folder)
+        for name in wanted:
+            flaw = storage.first_difference(stored.get(name, {}), wanted[name])
             if flaw:
                 raise UserError(f"{folder} is of another architecture: {name}: {flaw}")
-        state = state_from(storage.read_trees(folder, trees), like)
+        state = state_from(storage.read_trees(folder, storage.abstract(wanted)), like)
         self._saved = meta["iteration"]
         return state, _decode((folder / "data.json").read_text(encoding="utf-8")), meta["log"]

@@ -67,7 +67,7 @@ class StopSignal(contextlib.AbstractContextManager):
 
     def _request(self, number, frame):
         self.requested = True
-        print("crcm: stopping: finishing the step and saving", file=sys.stderr, flush=True)
+        print("\ncrcm: stopping: finishing the step and saving", file=sys.stderr, flush=True)
         signal.signal(number, self._before[number])
 
     def __enter__(self):

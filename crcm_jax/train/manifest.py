@@ -35,11 +35,15 @@ def _digests(paths: list[Path], *, sync: bool = False) -> list[str]:
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a crash at any moment, sees the old content or the new and nothing between."""
     draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def seal(folder: Path) -> None:

@@ -45,7 +45,7 @@ class Gradient(NamedTuple):
 
 
 def _finite(tree: Params) -> jax.Array:
-    return jnp.isfinite(optax.global_norm(tree))
+    return jnp.isfinite(optax.tree.norm(tree))
 
 
 def guarded_gradient(
@@ -139,7 +139,7 @@ def _apply(
     """(parameters, optimiser state, whether there was an update, metrics)."""
     scale = size / jnp.maximum(gradient.kept, 1)
     grads = jax.tree.map(lambda g: g * scale, gradient.grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     learnt = (gradient.kept > 0) & jnp.isfinite(norm)
     updated = optimizer.update(grads, opt, params)
     params, new_opt = jax.tree.map(lambda new, old: jnp.where(learnt, new, old), updated, (params, opt))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,8 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     found = find(path)
     if found.is_dir():
         return storage.read_meta(found)
-    with safe_open(found, framework="numpy") as file:
-        return json.loads((file.metadata() or {}).get("crcm", "{}"))
+    with _opened(found) as file:
+        return _safetensors_meta(file)
 
 
 def load_params(
@@ -104,12 +106,32 @@ def _load_folder(found: Path, which: str, expect: Params | None, dtype: Any) -> 
     return storage.read_trees(found, {which: _targets(found, shapes[which], expect, dtype)})[which]
 
 
-def _load_safetensors(found: Path, expect: Params | None, dtype: Any) -> Params:
+@contextlib.contextmanager
+def _opened(found: Path) -> Iterator[Any]:
     try:
         with safe_open(found, framework="numpy") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            yield file
     except SafetensorError as error:
         raise UserError(f"{found} is not a whole .safetensors file ({error}): restore it from a copy") from error
+
+
+def _safetensors_meta(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get("crcm", "{}"))
+
+
+def _digest(flat: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(flat):
+        digest.update(flat[name].tobytes())
+    return digest.hexdigest()
+
+
+def _load_safetensors(found: Path, expect: Params | None, dtype: Any) -> Params:
+    with _opened(found) as file:
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        sealed = _safetensors_meta(file).get("sha256")
+    if sealed not in (None, _digest(flat)):
+        raise UserError(f"{found} has altered bytes: restore it from a copy or use another one")
     stored: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split("/")
@@ -136,7 +158,7 @@ def save_params(path: str | Path, params: Params, meta: dict[str, Any], dtype: A
     if path.suffix == ".safetensors":
         path.parent.mkdir(parents=True, exist_ok=True)
         flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in storage.leaves(params)}
-        save_file(flat, path, metadata={"crcm": json.dumps(meta)})
+        save_file(flat, path, metadata={"crcm": json.dumps(meta | {"sha256": _digest(flat)})})
         return
     path.mkdir(parents=True)
     storage.write_trees(path, {"params": params}).result()

@@ -1,0 +1,134 @@
+"""A world small enough to train in milliseconds, with everything that a real run has: two players, randomness, order.
+
+The network is x ↦ w·x + b on [batch, 4] vectors. Run as a program it trains like `crcm train` does:
+`python train_fakes.py WORKDIR [key=value …]`; options beside the configuration's are `delay`, `slow_save`, `nan_from`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from crcm_jax.objectives.algorithm import Algorithm, gradient_of
+from crcm_jax.train import loop
+
+DIM = 4
+
+
+def config(**overrides) -> ConfigDict:
+    c = ConfigDict(
+        {
+            "seed": 3, "training": "sf_dmd", "param_dtype": "float32", "model": {"dim": DIM}, "data": {"batch_size": 4},
+            "optim": {"lr": 1e-2, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "warmup": 5,
+                      "grad_clip": 0.0, "accumulate": 1},
+            "critic_optim": {"lr": 3e-2, "b1": 0.0, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "warmup": 3,
+                             "grad_clip": 1.0},
+            "ema": {"rate": 0.1},
+            "train": {"steps": 12, "log_every": 3, "save_every": 4, "sample_every": 0, "keep": 2},
+            "sample": {"prompts": 1},
+        }
+    )  # fmt: skip
+    c.update_from_flattened_dict(overrides)
+    return c
+
+
+def init_params(seed: int = 0, dtype=jnp.float32, width: int = DIM):
+    w, b = jax.random.normal(jax.random.key(seed), (2, width), dtype)
+    return {"layer": {"w": w, "b": b}}
+
+
+def forward(params, x):
+    return params["layer"]["w"] * x + params["layer"]["b"]
+
+
+def noise_like(key, x):
+    """One key a sample, so that a sample's draw does not depend on how many others there are."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(x.shape[0]))
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+
+
+def student_loss(params, others, batch, key, progress):
+    x = batch["latents"] + 0.1 * noise_like(key, batch["latents"])
+    target = forward(others["critic"], x) + 0.01 * progress.student_updates
+    error = jnp.square(forward(params, x) - target)
+    return jnp.sum(error, 1), {"spread": jnp.std(error, 1), "rate": 1.0 * progress.student_updates}
+
+
+def critic_loss(params, others, batch, key, progress):
+    x = batch["latents"] + noise_like(key, batch["latents"])
+    return jnp.sum(jnp.square(forward(params, x) - forward(others["student"], x) - x), 1), {}
+
+
+def algorithm(freq: int = 3) -> Algorithm:
+    return Algorithm(gradient_of(student_loss), gradient_of(critic_loss), student_update_freq=freq)
+
+
+def initial(dtype=jnp.float32) -> loop.Initial:
+    return loop.Initial(init_params(0, dtype), init_params(1, dtype))
+
+
+class Data:
+    """Endless batches that depend on the position alone; from `nan_from` on, every sample is NaN."""
+
+    def __init__(self, batch: int = 4, delay: float = 0.0, nan_from: int | None = None):
+        self.batch, self.delay, self.nan_from, self.position = batch, delay, nan_from, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(self.delay)
+        rng = np.random.default_rng(self.position)
+        latents = rng.normal(size=(self.batch, DIM)).astype(np.float32)
+        if self.nan_from is not None and self.position >= self.nan_from:
+            latents[:] = np.nan
+        self.position += 1
+        return {"latents": latents}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def train(workdir, data: Data | None = None, **overrides):
+    c = config(**overrides)
+    return loop.run(c, workdir, algorithm=algorithm(), data=data or Data(), init=initial())
+
+
+def slow_saves(seconds: float) -> None:
+    """Makes every save take at least so long between its parts, to be killed in."""
+    from crcm_jax.train import manifest, storage
+
+    seal, write = manifest.seal, storage.write_trees
+
+    def slow_seal(folder):
+        time.sleep(seconds / 2)
+        seal(folder)
+
+    def slow_write(folder, trees):
+        response = write(folder, trees)
+        time.sleep(seconds / 2)
+        return response
+
+    manifest.seal, storage.write_trees = slow_seal, slow_write
+
+
+def main(argv):
+    workdir, *words = argv
+    options = dict(word.split("=") for word in words)
+    slow_saves(float(options.pop("slow_save", 0)))
+    data = Data(delay=float(options.pop("delay", 0)), nan_from=int(options.pop("nan_from", 10**9)))
+    train(workdir, data, **{key: float(value) if "." in value else int(value) for key, value in options.items()})
+
+
+if __name__ == "__main__":
+    from crcm_jax import __main__ as program
+
+    program.dispatch = main
+    program.run()
