@@ -1,0 +1,134 @@
+"""A checkpoint, through the command line, to the JSON of its scores; and the noise that models share."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs.digits import get_config
+from crcm_jax import build
+from crcm_jax.__main__ import dispatch
+from crcm_jax.errors import UsageError, UserError
+from crcm_jax.evaluate import producer, run
+from crcm_jax.sampling import Ode
+from crcm_jax.train.identity import as_json
+from crcm_jax.train.weights import save_params
+
+
+def tiny(variant="sf_dmd"):
+    c = get_config(variant)
+    c.model.update(dict(dim=16, ffn_dim=16, heads=2, layers=1))
+    return c
+
+
+def random_params(config):
+    """Weights without zeros: a fresh network's head is zero, and its clips would depend on nothing but their noise."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(build.network(config).init, jax.random.key(0))
+    return jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = tiny()
+    path = tmp_path_factory.mktemp("runs") / "student.safetensors"
+    meta = dict(training=config.training, model=as_json(config.model), config=as_json(config), iteration=7)
+    save_params(path, random_params(config), meta)
+    return path
+
+
+def test_seed_is_all_of_a_clips_noise():
+    a = producer.clip_noise(np.array([3, 5, 9], np.uint32), (4, 2, 2, 1), 3)
+    b = producer.clip_noise(np.array([5], np.uint32), (4, 2, 2, 1), 1)
+    assert a.initial.shape == (3, 4, 2, 2, 1) and a.steps.shape == (3, 3, 4, 2, 2, 1)
+    np.testing.assert_array_equal(a.initial[1], b.initial[0])  # whoever it is made with, and for however many steps
+    np.testing.assert_array_equal(a.steps[0, 1], b.steps[0, 0])
+    assert np.abs(a.initial[0] - a.initial[1]).max() > 0.1
+
+
+def test_clips_depend_on_prompt_seed_steps_and_nothing_else(checkpoint):
+    config, params, _ = producer.load(checkpoint)
+    produce = producer.streaming(config, params, producer.few_step_solver(config, (2,)))
+    prompts = ["a three moves up", "a three moves up", "a seven moves left"]
+    clips = produce(prompts, [0, 1, 0])
+    assert clips.shape == (3, 9, 16, 16, 1) and np.abs(clips).max() <= 1
+    np.testing.assert_allclose(produce(prompts[::-1], [0, 1, 0]), clips[::-1], atol=1e-5)
+    other = producer.streaming(config, params, producer.few_step_solver(config, (1,)))(prompts, [0, 1, 0])
+    for a, b in ((clips[0], clips[1]), (clips[0], clips[2]), (clips, other)):
+        assert np.abs(a - b).max() > 1e-3
+
+
+def test_guidance_reaches_the_sampler(checkpoint):
+    config, params, _ = producer.load(checkpoint)
+    plain, guided = (
+        producer.streaming(config, params, Ode(2), guidance=g)(["a one moves up"], [0]) for g in (1.0, 4.0)
+    )
+    assert np.abs(plain - guided).max() > 1e-4
+
+
+def test_schedules_come_from_the_command_or_the_run():
+    config = tiny()
+    assert producer.few_step_solver(config, (3,)).plan.schedule(0) == (1.0, 15 / 16, 5 / 6)
+    assert producer.few_step_solver(config, (2, 1), (0.5,)).plan.schedule(0) == (1.0, 0.5)
+    for steps, mid, message in (
+        ((2, 4), None, "never increase"),
+        ((3,), (0.5,), "intermediate"),
+        ((0,), None, "least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            producer.few_step_solver(config, steps, mid)
+
+
+def test_command_writes_the_scores(checkpoint, tmp_path, monkeypatch, judge, capsys):
+    monkeypatch.setattr(run, "judge", lambda config, clips, seeds: judge)  # its training is tested elsewhere
+    out = tmp_path / "deep" / "metrics.json"
+    assert dispatch(["evaluate", f"--checkpoint={checkpoint}", "--steps=2,1", "--clips=120", f"--out={out}"]) == 0
+    scores = json.loads(out.read_text())
+    assert scores["training"] == "sf_dmd" and scores["iteration"] == 7 and scores["steps"] == [2, 1]
+    assert {"class_accuracy", "motion_error", "frechet", "diversity", "frames_per_second"} <= scores.keys()
+    assert scores["class_accuracy"] < 0.4  # the network is noise
+    assert "class_accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--checkpoint"),
+        (["--checkpoint=x"], "--steps --ode is required"),
+        (["--checkpoint=x", "--steps=2", "--ode=3"], "not allowed with"),
+        (["--checkpoint=x", "--steps=two"], "not a list of numbers"),
+        (["--checkpoint=x", "--ode=3", "--mid=0.5"], "--mid belongs to --steps"),
+        (["--checkpoint=x", "--steps=2", "--clips=0"], "--clips=0"),
+        (["--checkpoint=x", "--steps=2", "--clip=8"], "unrecognized"),
+    ],
+)
+def test_wrong_command_lines_are_answered_at_once(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        dispatch(["evaluate", *arguments])
+
+
+def test_wrong_checkpoints_are_named(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        dispatch(["evaluate", f"--checkpoint={tmp_path}/none", "--steps=2"])
+    with pytest.raises(UserError, match="never increase"):
+        dispatch(["evaluate", f"--checkpoint={checkpoint}", "--steps=2,4"])
+    config = tiny("bidirectional")
+    save_params(tmp_path / "b.safetensors", random_params(config), dict(config=as_json(config)))
+    with pytest.raises(UserError, match="bidirectional and cannot stream"):
+        producer.load(tmp_path / "b.safetensors")
+    config = tiny()
+    params = random_params(config)
+    config.model.ffn_dim = 24  # says one thing and holds another
+    save_params(tmp_path / "c.safetensors", params, dict(training="sf_dmd", config=as_json(config)))
+    with pytest.raises(UserError, match="another architecture"):
+        producer.load(tmp_path / "c.safetensors")
+    save_params(tmp_path / "d.safetensors", params, {})
+    with pytest.raises(UserError, match="does not say how it was configured"):
+        producer.load(tmp_path / "d.safetensors")
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dispatch(["evaluate", "--help"])
+    assert stop.value.code == 0 and "crcm evaluate --checkpoint=" in capsys.readouterr().out
