@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
-    from crcm_jax.train.loop import train
+    from crcm_jax.train.assemble import train
 
     train(config, workdir)
     return 0

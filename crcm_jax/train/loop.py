@@ -11,43 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from crcm_jax import build
-from crcm_jax.data import pipeline
-from crcm_jax.errors import UsageError, blame_config
+from crcm_jax.errors import blame_config
 from crcm_jax.models.base import Params
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.train import identity, logging, state, storage
 from crcm_jax.train.checkpoint import Checkpoints
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.step import make_steps, step_key
-from crcm_jax.train.weights import load_params
+from crcm_jax.train.step import make_steps
 
 SAMPLES = "samples"
 
 Sampler = Callable[[Params, int, Path], None]
 """`(EMA weights, iteration, folder)`: writes clips into the folder."""
-
-_CAUSAL_DIFFUSION = ("tf", "df")
-_CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm")
-_MATCHING = ("sf_dmd", "tf_scm_sf_dmd")
-STAGES = {
-    "teacher": _CAUSAL_DIFFUSION,
-    "real": ("bidirectional",),
-    "critic": ("bidirectional", *_MATCHING),
-}
-"""Training types whose weights can play a role; those a student may start from depend on its own training type."""
-
-
-def student_stages(training: str) -> tuple[str, ...]:
-    """Training types whose weights the student of `training` may start from."""
-    if training == "bidirectional":
-        return ("bidirectional",)
-    if training in _CAUSAL_DIFFUSION:
-        return ("bidirectional", *_CAUSAL_DIFFUSION)
-    return (*_CAUSAL_DIFFUSION, *_CONSISTENCY, *(_MATCHING if training in _MATCHING else ()))
-
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
@@ -161,45 +137,3 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
                 sampler(now.ema, iteration, workdir / SAMPLES)
         save()
     return now
-
-
-def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
-    """The trees that `config.init` names, in `config.param_dtype`, checked against their networks and stages.
-
-    student: random if its path is ''. critic: the real score if its path is ''. uncond: the negative prompt's embedding
-    `[1, token, channel]`.
-    """
-    key = step_key(config.seed, "init", 0, 0)
-    dtype = jnp.dtype(config.param_dtype)
-
-    def load(role, training):
-        expect = jax.eval_shape(build.network(config, role).init, key)
-        return load_params(config.init[role], expect=expect, dtype=dtype, training=training)
-
-    others = {"uncond": jnp.asarray(uncond)}
-    for role in algorithm.reads:
-        if not config.init[role]:
-            raise UsageError(
-                f"training {config.training!r} needs --config.init.{role}: the workdir of a run trained as "
-                f"{' or '.join(STAGES[role])}"
-            )
-        others[role] = load(role, STAGES[role])
-    if config.init.student:
-        student = load("student", student_stages(config.training))
-    else:
-        student = jax.jit(build.network(config, "student").init)(key)
-        student = jax.tree.map(lambda x: x.astype(dtype), student)
-    critic = None
-    if algorithm.critic is not None:
-        critic = load("critic", STAGES["critic"]) if config.init.critic else others["real"]
-    return Initial(student, critic, others)
-
-
-def train(config, workdir: str | Path) -> state.TrainState:
-    """Assembles what `config` describes and runs it in `workdir`; see `run`."""
-    with blame_config():
-        algorithm = build.algorithm(config)
-        codec, text_encoder = build.codec(config), build.text_encoder(config)
-        data = pipeline.make(config, codec=codec, text_encoder=text_encoder)
-    init = initial(config, algorithm, text_encoder([""]))
-    return run(config, workdir, algorithm=algorithm, data=data, init=init)

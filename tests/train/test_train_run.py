@@ -148,33 +148,33 @@ def test_kills_at_any_moment_lose_nothing(finished, tmp_path):
         assert process.returncode == -signal.SIGKILL
         if moment == "saving":
             assert half_written(old)
-    process = start(workdir, *options)
-    assert "goes on from iteration" in said(process) and process.returncode == 0
+    fakes.train(workdir, **{"train.steps": 30})
     assert files_of(workdir)[1:] == files_of(finished)[1:]
 
 
-def test_sigterm_saves_and_exits_0(finished, tmp_path):
-    process = start(tmp_path / "run", "train.steps=30", "train.save_every=1000", "delay=0.05")
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert said(process) == "crcm: stopping: finishing the step and saving" and process.returncode == 0
-    stopped = storage.newest_whole(tmp_path / "run" / storage.FOLDER)
-    assert 6 <= int(stopped.name) < 30
-    fakes.train(tmp_path / "run", **{"train.steps": 30, "train.save_every": 1000})
-    assert files_of(tmp_path / "run")[1] == files_of(finished)[1]
-    assert files_of(tmp_path / "run")[4] == files_of(finished)[4]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run_in_peace(finished, tmp_path, capsys, number):
+    class Interrupting(fakes.Data):
+        def __next__(self):
+            if self.position == 7:
+                os.kill(os.getpid(), number)
+            return super().__next__()
+
+    options, handler = {"train.steps": 30, "train.save_every": 1000}, signal.getsignal(number)
+    now = fakes.train(tmp_path / "run", Interrupting(), **options)
+    assert int(now.progress.iteration) == 8  # the step under way was finished, no other begun
+    assert "\ncrcm: stopping: finishing the step and saving\n" in capsys.readouterr().err
+    assert signal.getsignal(number) == handler
+    assert storage.newest_whole(tmp_path / "run" / storage.FOLDER).name == "000000008"
+    fakes.train(tmp_path / "run", **options)
+    assert [files_of(tmp_path / "run")[part] for part in (1, 2, 4)] == [files_of(finished)[part] for part in (1, 2, 4)]
 
 
 def test_three_iterations_without_a_finite_loss_end_the_run(tmp_path):
-    process = start(tmp_path / "run", "train.steps=30", "nan_from=10")
-    words = said(process)
-    assert process.returncode == 1
-    assert (
-        words.startswith("crcm: the ")
-        and "not finite for any sample in 3 iterations running, up to iteration 13" in words
-    )
-    assert "\n" not in words
+    words = r"^the .*'s loss was not finite for any sample in 3 iterations running, up to iteration 13: lower .*\.lr or"
+    with pytest.raises(UserError, match=words) as caught:
+        fakes.train(tmp_path / "run", fakes.Data(nan_from=10), **{"train.steps": 30})
+    assert "\n" not in str(caught.value)
     kept = storage.newest_whole(tmp_path / "run" / storage.FOLDER)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_params(kept)))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -210,9 +210,10 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(tmp_path):
         pytest.skip("no small file system may be mounted here")
     words, mount = found
     small, python = f"{tmp_path}/small", f"{sys.executable} {Path(__file__).with_name('train_fakes.py')}"
-    # Checkpoints 4 and 8 fit; then only 60 kB stay free, a checkpoint needs 190. What is left is copied out.
+    fakes.train(tmp_path / "run", **{"train.steps": 8})
+    # Checkpoints 4 and 8 are there, 60 kB are free, a checkpoint needs 190. What is left is copied out.
     script = (
-        f"{mount} && {python} {small}/run train.steps=8 && "
+        f"{mount} && cp -r {tmp_path}/run {small} && "
         f"dd if=/dev/zero of={small}/filler bs=1k count=$(($(df --output=avail -k {small} | tail -1) - 60)) && "
         f"{python} {small}/run train.steps=30; code=$?; cp -r {small}/run {tmp_path}/left; exit $code"
     )

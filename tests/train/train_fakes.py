@@ -1,7 +1,7 @@
 """A world small enough to train in milliseconds, with everything that a real run has: two players, randomness, order.
 
 The network is x ↦ w·x + b on [batch, 4] vectors. Run as a program it trains like `crcm train` does:
-`python train_fakes.py WORKDIR [key=value …]`; options beside the configuration's are `delay`, `slow_save`, `nan_from`.
+`python train_fakes.py WORKDIR [key=value …]`; beside the configuration: `delay` and `slow_save`, seconds.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main(argv):
     workdir, *words = argv
     options = dict(word.split("=") for word in words)
     slow_saves(float(options.pop("slow_save", 0)))
-    data = Data(delay=float(options.pop("delay", 0)), nan_from=int(options.pop("nan_from", 10**9)))
+    data = Data(delay=float(options.pop("delay", 0)))
     train(workdir, data, **{key: float(value) if "." in value else int(value) for key, value in options.items()})
 
 
