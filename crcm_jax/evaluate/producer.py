@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from crcm_jax import build
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate.run import Producer
 from crcm_jax.models.base import Condition, Params
-from crcm_jax.sampling import Few, Noise, Ode, draw_noise, generate
+from crcm_jax.sampling import Few, Noise, Ode, generate
 from crcm_jax.schedule import StepPlan
 from crcm_jax.train.weights import load_meta, load_params
 
@@ -75,15 +74,26 @@ def streaming(config: ConfigDict, params: Params, solver: Few | Ode, *, guidance
             solver=solver,
             uncond=uncond,
             guidance=guidance,
-            noise=clip_noise(np.asarray(seeds, np.uint32), latents, steps),
+            noise=clip_noise(seeds, latents, steps),
         )
         return np.asarray(decode(clips))
 
     return produce
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def clip_noise(seeds: jax.Array, shape: tuple[int, int, int, int], steps: int) -> Noise:
-    """The noise of clips of latents `shape` [frame, height, width, channel], each drawn from its own seed alone."""
-    each = jax.vmap(lambda seed: draw_noise(jax.random.key(seed), (1, *shape), steps))(seeds)
-    return Noise(each.initial[:, 0], each.steps[:, :, 0].swapaxes(0, 1), each.image[:, 0])
+def clip_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], steps: int) -> Noise:
+    """The noise of clips of latents `shape` [frame, height, width, channel], each drawn from its own seed alone.
+
+    More steps leave the earlier draws as they are. NumPy draws it: nothing to compile for each number of clips.
+    """
+
+    def draw(purpose: int, shape: tuple[int, ...]) -> jax.Array:
+        draws = [np.random.default_rng((seed, purpose)).standard_normal(shape, np.float32) for seed in seeds]
+        return jnp.asarray(np.stack(draws))
+
+    renoised = [draw(2 + step, shape) for step in range(steps)]
+    return Noise(
+        initial=draw(0, shape),
+        steps=jnp.stack(renoised) if renoised else jnp.zeros((0, len(seeds), *shape)),
+        image=draw(1, (1, *shape[1:])),
+    )

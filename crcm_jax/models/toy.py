@@ -21,6 +21,8 @@ DIGITS_VOCABULARY = (
 )
 """Every word of the moving digits' prompts. Their order fixes their vectors, so new words go at the end."""
 
+_CACHED_PROMPTS = 10_000  # all that one and two digits can say, and some ten megabytes
+
 
 @dataclasses.dataclass(frozen=True)
 class PixelCodec:
@@ -101,18 +103,22 @@ class WordEncoder:
         return np.stack([self._encode(prompt) for prompt in prompts])
 
     def _encode(self, prompt: str) -> np.ndarray:
-        if prompt not in self._cache:
-            words = prompt.split()
-            if len(words) > self.length:
-                raise UserError(f'"{prompt}" has {len(words)} words, the text encoder takes {self.length}: text.length')
-            unknown = next((word for word in words if word not in self._words), None)
-            if unknown is not None:
-                raise UserError(f'the word "{unknown}" is not in the vocabulary: {", ".join(self.vocabulary)}')
-            tokens = np.zeros((self.length, self.dim), np.float32)
-            for i, word in enumerate(words):
-                tokens[i] = self._words[word] + self._positions[i]
-            self._cache[prompt] = tokens
-        return self._cache[prompt]
+        tokens = self._cache.get(prompt)
+        if tokens is not None:
+            return tokens
+        words = prompt.split()
+        if len(words) > self.length:
+            raise UserError(f'"{prompt}" has {len(words)} words, the text encoder takes {self.length}: set text.length')
+        unknown = next((word for word in words if word not in self._words), None)
+        if unknown is not None:
+            raise UserError(f'the word "{unknown}" is not in the vocabulary: {", ".join(self.vocabulary)}')
+        tokens = np.zeros((self.length, self.dim), np.float32)
+        for i, word in enumerate(words):
+            tokens[i] = self._words[word] + self._positions[i]
+        if len(self._cache) >= _CACHED_PROMPTS:
+            self._cache.clear()
+        self._cache[prompt] = tokens
+        return tokens
 
 
 def _orthogonal_rows(count: int, dim: int) -> np.ndarray:

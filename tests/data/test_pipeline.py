@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
 from crcm_jax.data import digits, pipeline
@@ -91,6 +92,19 @@ def test_shards_together_are_the_one_order():
     whole = rows(take(stream(config(batch_size=8)), 8))
     parts = [rows(take(stream(config(), shard_index=i, shard_count=2), 8)) for i in range(2)]
     assert [row for pair in zip(*parts) for row in pair] == whole
+
+
+def test_processes_give_the_same_batches_and_resume():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain asks for it, the command line does it
+    reference, iterator = take(stream(), 8), stream(config(workers=2))
+    assert_same(reference[:5], take(iterator, 5))
+    state = json.loads(json.dumps(iterator.get_state()))
+    iterator.close()
+    fresh = stream(config(workers=2))
+    fresh.set_state(state)
+    assert_same(reference[5:], take(fresh, 3))
+    fresh.close()
 
 
 def test_costs_little_beside_a_training_step():

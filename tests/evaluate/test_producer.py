@@ -39,12 +39,13 @@ def checkpoint(tmp_path_factory):
 
 
 def test_seed_is_all_of_a_clips_noise():
-    a = producer.clip_noise(np.array([3, 5, 9], np.uint32), (4, 2, 2, 1), 3)
-    b = producer.clip_noise(np.array([5], np.uint32), (4, 2, 2, 1), 1)
+    a = producer.clip_noise([3, 5, 9], (4, 2, 2, 1), 3)
+    b = producer.clip_noise([5], (4, 2, 2, 1), 1)
     assert a.initial.shape == (3, 4, 2, 2, 1) and a.steps.shape == (3, 3, 4, 2, 2, 1)
     np.testing.assert_array_equal(a.initial[1], b.initial[0])  # whoever it is made with, and for however many steps
     np.testing.assert_array_equal(a.steps[0, 1], b.steps[0, 0])
-    assert np.abs(a.initial[0] - a.initial[1]).max() > 0.1
+    for x, y in ((a.initial[0], a.initial[1]), (a.initial, a.steps[0]), (a.steps[0], a.steps[1])):
+        assert np.abs(x - y).max() > 0.1
 
 
 def test_clips_depend_on_prompt_seed_steps_and_nothing_else(checkpoint):
