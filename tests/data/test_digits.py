@@ -49,6 +49,7 @@ def test_a_clip_is_a_function_of_seed_split_and_index():
         np.testing.assert_array_equal(a["video"], b["video"])
     for other in (DigitsSource(config(seed=4)), DigitsSource(config(seed=3), "heldout")):
         assert not np.array_equal(first[5]["video"], other[5]["video"])
+        assert not np.array_equal(first[5]["velocity"], other[5]["velocity"])
     assert not np.array_equal(first[5]["video"], first[6]["video"])
     with pytest.raises(IndexError):
         first[1_000_000]
@@ -89,6 +90,21 @@ def test_motion_is_what_the_prompt_says_and_speed_is_in_range():
         bounces += bool((np.sign(np.diff(centres, axis=0)) * np.sign(velocity) < -0.5).any())
     assert bounces > 100  # the walls matter in this data
     assert len({label for label, _ in seen}) == 10 and len({d for _, d in seen}) == 8
+
+
+def test_words_mean_what_a_viewer_sees():
+    # In rows and columns of the picture, without the table that the source itself uses.
+    seen = dict(up=(0, -1), down=(0, 1), left=(1, -1), right=(1, 1))
+    source = DigitsSource(config())
+    for i in range(60):
+        clip = source[i]
+        moved = np.diff(centroid(clip["video"][:3]), axis=0).mean(0)
+        words = [word for word in clip["prompt"].split() if word in seen]
+        for word in words:
+            axis, sign = seen[word]
+            assert moved[axis] * sign > 0.5
+        if len(words) == 1:
+            assert abs(moved[1 - seen[words[0]][0]]) < 0.15
 
 
 def test_what_is_drawn_moves_as_the_centres_do():
