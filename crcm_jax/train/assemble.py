@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from crcm_jax import build
 from crcm_jax.data import pipeline
 from crcm_jax.errors import UsageError, blame_config
+from crcm_jax.evaluate.clips import training_clips
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.train.loop import Initial, run
 from crcm_jax.train.state import TrainState
@@ -76,4 +77,4 @@ def train(config, workdir: str | Path) -> TrainState:
         codec, text_encoder = build.codec(config), build.text_encoder(config)
         data = pipeline.make(config, codec=codec, text_encoder=text_encoder)
     init = initial(config, algorithm, text_encoder([""]))
-    return run(config, workdir, algorithm=algorithm, data=data, init=init)
+    return run(config, workdir, algorithm=algorithm, data=data, init=init, sampler=training_clips(config))

@@ -25,6 +25,7 @@ SAMPLES = "samples"
 Sampler = Callable[[Params, int, Path], None]
 """`(EMA weights, iteration, folder)`: writes clips into the folder."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Initial:
     """What a new run starts from. `others` are the frozen trees that the algorithm reads, and `uncond`."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crcm_jax.errors import UsageError
 from crcm_jax.models.base import Params
 from crcm_jax.objectives.algorithm import Algorithm, Batch, GradFn, Progress
 from crcm_jax.train import ema
@@ -185,7 +186,7 @@ def make_steps(
     def gradient_of(grad_fn, params, others, batch, progress, purpose):
         size = jax.tree.leaves(batch)[0].shape[0]
         if size % accumulate:
-            raise ValueError(f"a batch of {size} does not split into optim.accumulate = {accumulate} equal parts")
+            raise UsageError(f"a batch of {size} does not split into optim.accumulate = {accumulate} equal parts")
         gradient = accumulated_gradient(
             grad_fn, params, others, batch, progress, seed=seed, purpose=purpose, microbatches=accumulate
         )
