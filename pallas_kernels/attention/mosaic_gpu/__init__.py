@@ -1,0 +1,109 @@
+"""Attention kernels for Hopper GPUs, written in Pallas for Mosaic GPU: see `backend` for what each function returns.
+
+bfloat16 and float16, head dims 64 and 128, any lengths, grouped heads.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention.backend import Segment
+
+DIMS = (64, 128)
+_MINIMUM = 128  # a copy may ask for as many tokens as a tile has
+_MULTIPLE = 8  # and moves eight rows at a time; only the last tile's tail may lie beyond the end
+
+
+def unsupported(q, segments, scale):
+    """Why these inputs cannot be served, or None."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q has dtype {q.dtype}: cast to bfloat16 or float16"
+    if q.shape[-1] not in DIMS:
+        return f"head dim {q.shape[-1]} is none of {DIMS}: pad the heads"
+    if scale <= 0:
+        return f"scale {scale} is not positive: negate q instead"
+    return _no_hopper()
+
+
+@functools.cache
+def _no_hopper():
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"it needs a Hopper GPU, and the default device is {device.device_kind}"
+    return None
+
+
+def forward(q, segments, scale):
+    from pallas_kernels.attention.mosaic_gpu import forward_kernel as kernels
+
+    (q, *_), segments, n = _padded((q,), segments)
+    return _cut(n, kernels.forward(q, segments, scale, kernels.Blocks()))
+
+
+def tangent(q, segments, scale, o, lse, dq, dsegments):
+    from pallas_kernels.attention.mosaic_gpu import tangent_kernel as kernels
+
+    dsegments = _padded_tangents(dsegments)
+    (q, dq, o), segments, n = _padded((q, dq, o), segments)
+    return _cut(n, kernels.tangent(q, segments, scale, o, _padded_row(lse), dq, dsegments, kernels.Blocks()))
+
+
+def forward_tangent(q, segments, scale, dq, dsegments):
+    from pallas_kernels.attention.mosaic_gpu import tangent_kernel as kernels
+
+    dsegments = _padded_tangents(dsegments)
+    (q, dq), segments, n = _padded((q, dq), segments)
+    return _cut(n, kernels.forward_tangent(q, segments, scale, dq, dsegments, kernels.Blocks()))
+
+
+def backward(q, segments, scale, o, lse, do, dlse, wanted):
+    from pallas_kernels.attention.mosaic_gpu import backward_kernel as kernels
+
+    lengths = [s.k.shape[1] for s in segments]
+    (q, o, do), segments, n = _padded((q, o, do), segments)
+    dq, grads = kernels.backward(
+        q, segments, scale, o, _padded_row(lse), do, _padded_row(dlse), wanted, kernels.Blocks()
+    )
+    grads = tuple(tuple(None if x is None else x[:, :length] for x in pair) for pair, length in zip(grads, lengths))
+    return None if dq is None else dq[:, :n], grads
+
+
+def _padded(queries, segments):
+    """Everything in whole copies; added keys lie outside every interval, added queries see what the last one sees."""
+    n = queries[0].shape[1]
+    return tuple(_padded_tokens(x) for x in queries), tuple(_padded_segment(s, n) for s in segments), n
+
+
+def _padded_segment(segment, queries):
+    keys, rows = segment.k.shape[1], segment.rows
+    if rows is None and _missing(keys):
+        rows = np.broadcast_to(np.array([[0], [keys], [keys], [keys]], np.int32), (4, queries))
+    if rows is not None and _missing(queries):
+        xp = np if isinstance(rows, np.ndarray) else jnp
+        rows = xp.pad(rows, ((0, 0), (0, _missing(queries))), mode="edge")
+    return Segment(_padded_tokens(segment.k), _padded_tokens(segment.v), rows)
+
+
+def _missing(tokens):
+    return max(_MINIMUM, -(-tokens // _MULTIPLE) * _MULTIPLE) - tokens
+
+
+def _padded_tokens(x):
+    return x if x is None or not _missing(x.shape[1]) else jnp.pad(x, ((0, 0), (0, _missing(x.shape[1])), (0, 0), (0, 0)))
+
+
+def _padded_row(x):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, _missing(x.shape[2])))) if _missing(x.shape[2]) else x
+
+
+def _padded_tangents(dsegments):
+    return tuple(tuple(_padded_tokens(x) for x in pair) for pair in dsegments)
+
+
+def _cut(n, results):
+    """Results without the added queries."""
+    return tuple((x[:, :n] if x.ndim == 4 else x[..., :n]) for x in results)
