@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from crcm_jax.errors import UsageError
+from crcm_jax.errors import UsageError, blame_config
 
 HELP = "train a model in a workdir, or go on where it stopped"
 EXAMPLE = "crcm train --config=configs/digits.py:tf_scm --workdir=out/tf_scm --config.optim.lr=1e-4"
@@ -91,7 +91,10 @@ def main(argv: list[str]) -> int:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
+    from crcm_jax.evaluate.clips import training_clips
     from crcm_jax.train.assemble import train
 
-    train(config, workdir)
+    with blame_config():
+        sampler = training_clips(config)
+    train(config, workdir, sampler)
     return 0

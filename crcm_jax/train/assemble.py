@@ -13,7 +13,7 @@ from crcm_jax.data import pipeline
 from crcm_jax.errors import UsageError, blame_config
 from crcm_jax.evaluate.clips import training_clips
 from crcm_jax.objectives.algorithm import Algorithm
-from crcm_jax.train.loop import Initial, run
+from crcm_jax.train.loop import Initial, Sampler, run
 from crcm_jax.train.state import TrainState
 from crcm_jax.train.step import step_key
 from crcm_jax.train.weights import load_params
@@ -70,8 +70,8 @@ def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
     return Initial(student, critic, others)
 
 
-def train(config, workdir: str | Path) -> TrainState:
-    """Assembles what `config` describes and runs it in `workdir`; see `run`."""
+def train(config, workdir: str | Path, sampler: Sampler | None = None) -> TrainState:
+    """Assembles what `config` describes and runs it in `workdir`; see `run`. `sampler` writes clips as it goes."""
     with blame_config():
         algorithm = build.algorithm(config)
         codec, text_encoder = build.codec(config), build.text_encoder(config)
