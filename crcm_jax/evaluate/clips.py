@@ -9,34 +9,34 @@ import numpy as np
 
 from crcm_jax.evaluate import producer
 from crcm_jax.evaluate.run import heldout_prompts
-from crcm_jax.evaluate.video import frame_grid, write_video
+from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Params
+from crcm_jax.sampling import Few, Ode
 
 DIFFUSION = ("tf", "df")
 
 
-def training_clips(config) -> Callable[[Params, int, Path], None] | None:
-    """`(weights, iteration, folder)`: writes a frame grid and a GIF of `config.sample.prompts` prompts, same noise each time.
+def own_solver(config) -> tuple[Few | Ode, float]:
+    """(solver, guidance) that the run's own model is meant for: many guided steps, or its few-step schedule."""
+    if config.training in DIFFUSION:
+        return Ode(config.sample.ode_steps), config.sample.guidance
+    return producer.few_step_solver(config, config.rollout.steps), 1.0
 
-    None for a run that has no causal model to stream, or asks for no clips.
+
+def training_clips(config) -> Callable[[Params, int, Path], None] | None:
+    """`(weights, iteration, folder)`: writes a GIF and a frame grid of a few prompts, always from the same noise.
+
+    None for a run that asks for no clips, or has no causal model to stream, or prompts of another data set.
     """
-    if config.training == "bidirectional" or not config.sample.prompts:
+    if config.training == "bidirectional" or not config.sample.prompts or config.data.name != "digits":
         return None
     prompts = heldout_prompts(config, config.sample.prompts)
 
     def write(params: Params, iteration: int, folder: Path) -> None:
-        make = producer.streaming(config, params, *solver_of(config))
-        videos = make(prompts, range(len(prompts)))
-        write_video(folder / f"{iteration:07d}.gif", np.concatenate(list(videos), axis=2))
-        write_video(folder / f"{iteration:07d}.png", frame_grid(videos))
+        solver, guidance = own_solver(config)
+        videos = producer.streaming(config, params, solver, guidance=guidance)(prompts, range(len(prompts)))
+        stacked = np.concatenate(list(videos), axis=1)
+        for suffix in ("gif", "png"):
+            write_video(folder / f"{iteration:07d}.{suffix}", stacked, scale=4)
 
     return write
-
-
-def solver_of(config):
-    """(solver, guidance) that the run's own model is meant for: many guided steps, or its few-step schedule."""
-    from crcm_jax.sampling import Ode
-
-    if config.training in DIFFUSION:
-        return Ode(config.sample.ode_steps), config.sample.guidance
-    return producer.few_step_solver(config, config.rollout.steps), 1.0

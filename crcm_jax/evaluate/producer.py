@@ -81,7 +81,7 @@ def streaming(config: ConfigDict, params: Params, solver: Few | Ode, *, guidance
     return produce
 
 
-def clip_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], steps: int) -> Noise:
+def clip_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], steps: int, image: bool = False) -> Noise:
     """The noise of clips of latents `shape` [frame, height, width, channel], each drawn from its own seed alone.
 
     More steps leave the earlier draws as they are. NumPy draws it: nothing to compile for each number of clips.
@@ -93,7 +93,7 @@ def clip_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], steps: in
 
     renoised = [draw(2 + step, shape) for step in range(steps)]
     return Noise(
-        initial=draw(0, shape),
+        initial=draw(0, (shape[0] - image, *shape[1:])),
         steps=jnp.stack(renoised) if renoised else jnp.zeros((0, len(seeds), *shape)),
         image=draw(1, (1, *shape[1:])),
     )

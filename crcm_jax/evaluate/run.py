@@ -82,7 +82,8 @@ def evaluate(
     class_accuracy: share of clips whose digits the classifier recognises (mean over frames).
     motion_error: mean distance from the nearest motion that the prompt allows, pixels; direction_accuracy and
         bounce_accuracy: shares of clips (`metrics.motion`). None with several digits a clip: tracks merge.
-    frechet, frechet_time: squared Fréchet distances of frames' features, and of features with their change.
+    frechet, frechet_time: squared Fréchet distances of frames' features, and of features with their change over two
+        frames; the latter None for clips of fewer than three.
     diversity: spread of one prompt's clips over real clips' spread; None if no prompt occurs twice.
     frames_per_second: pixel frames made per second, in batches of `batch`, compilation excluded.
     broken_clips: clips with values that are not finite; they are judged as if those were black.
@@ -109,7 +110,7 @@ def evaluate(
         diversity = metrics.diversity(features, judge.prompts, judge.real_features, judge.real_prompts)
     return scores | dict(
         frechet=metrics.frechet_frames(features, judge.real_features),
-        frechet_time=metrics.frechet_time(features, judge.real_features),
+        frechet_time=metrics.frechet_time(features, judge.real_features) if judge.law.frames > 2 else None,
         diversity=diversity,
         frames_per_second=frames_per_second,
         batch=batch,

@@ -60,12 +60,19 @@ def test_clips_depend_on_prompt_seed_steps_and_nothing_else(checkpoint):
         assert np.abs(a - b).max() > 1e-3
 
 
-def test_guidance_reaches_the_sampler(checkpoint):
+def test_guidance_and_the_empty_prompt_reach_the_sampler(checkpoint, monkeypatch):
     config, params, _ = producer.load(checkpoint)
-    plain, guided = (
-        producer.streaming(config, params, Ode(2), guidance=g)(["a one moves up"], [0]) for g in (1.0, 4.0)
-    )
-    assert np.abs(plain - guided).max() > 1e-4
+    given = {}
+
+    def generate(network, params, cond, key, **options):
+        given.update(options)
+        return jax.numpy.full(options["shape"], 9.0)
+
+    monkeypatch.setattr(producer, "generate", generate)
+    clips = producer.streaming(config, params, Ode(2), guidance=4.0)(["a one moves up"], [0])
+    assert given["guidance"] == 4.0 and given["solver"] == Ode(2) and given["chunks"].size == 1
+    assert given["uncond"].text.shape == (1, 12, 32) and not given["uncond"].text.any()
+    assert (clips == 1).all()  # and what comes out of range is clipped
 
 
 def test_schedules_come_from_the_command_or_the_run():
@@ -84,9 +91,9 @@ def test_schedules_come_from_the_command_or_the_run():
 def test_command_writes_the_scores(checkpoint, tmp_path, monkeypatch, judge, capsys):
     monkeypatch.setattr(run, "judge", lambda config, clips, seeds: judge)  # its training is tested elsewhere
     out = tmp_path / "deep" / "metrics.json"
-    assert dispatch(["evaluate", f"--checkpoint={checkpoint}", "--steps=2,1", "--clips=120", f"--out={out}"]) == 0
+    assert dispatch(["evaluate", f"--checkpoint={checkpoint}", "--steps=2", "--batch=3", f"--out={out}"]) == 0
     scores = json.loads(out.read_text())
-    assert scores["training"] == "sf_dmd" and scores["iteration"] == 7 and scores["steps"] == [2, 1]
+    assert scores["training"] == "sf_dmd" and scores["iteration"] == 7 and scores["steps"] == [2]
     assert {"class_accuracy", "motion_error", "frechet", "diversity", "frames_per_second"} <= scores.keys()
     assert scores["class_accuracy"] < 0.4  # the network is noise
     assert "class_accuracy" in capsys.readouterr().out

@@ -8,6 +8,9 @@ from PIL import Image, ImageSequence
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate.video import enlarge, frame_grid, to_uint8, write_video
 
+# Reading an mp4 back starts ffmpeg, as writing one does; JAX warns of any fork.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")
+
 
 @pytest.fixture
 def video():
