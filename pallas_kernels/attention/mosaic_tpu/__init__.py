@@ -1,0 +1,47 @@
+"""Attention kernels for TPUs, written in Pallas for Mosaic: see `backend` for what each function returns.
+
+bfloat16 and float32, head dims that are multiples of 16 up to 256, any lengths, grouped heads. Where there is no TPU,
+`compile_for` traces for one, and `interpreted` runs the kernels in Pallas's interpreter.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.mosaic_tpu import plan as plans
+from pallas_kernels.attention.mosaic_tpu.blocks import KERNELS, blocks_for
+from pallas_kernels.attention.mosaic_tpu.target import CHIPS, INTERPRETER, Chip, compile_for, interpreted, target
+
+__all__ = ["CHIPS", "INTERPRETER", "Chip", "compile_for", "interpreted", "target"]
+
+
+def unsupported(q, segments, scale):
+    """Why these inputs cannot be served, or None."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"TPU matrix units do not multiply {q.dtype}: cast to bfloat16 or float32"
+    dim = q.shape[-1]
+    if dim % 16 or dim > 256:
+        return f"head dim {dim} is no multiple of 16 up to 256: pad the heads"
+    chip = target()
+    if chip is None:
+        device = jax.devices()[0]
+        return f"it needs a TPU of one of the kinds {', '.join(c.name for c in CHIPS)}, and the device is {device.device_kind}"
+    for kernel in KERNELS:
+        blocks = blocks_for(kernel, chip, q, segments)
+        keys = [s.k.shape[1] for s in segments]
+        if plans.longest(q.shape[1], keys, blocks.q, blocks.k) > plans.MAX_STEPS:
+            return f"{q.shape[1]} queries by {sum(keys)} keys are more than {plans.MAX_STEPS} tiles: split the queries"
+    return None
+
+
+def forward(q, segments, scale):
+    from pallas_kernels.attention.mosaic_tpu import forward_kernel
+
+    return forward_kernel.forward(q, segments, scale, *_built("forward", q, segments))
+
+
+def _built(kernel, q, segments):
+    """The chip that a kernel is traced for, and its tile sizes there."""
+    chip = target()
+    return chip, blocks_for(kernel, chip, q, segments)

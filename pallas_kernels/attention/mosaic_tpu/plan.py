@@ -1,0 +1,115 @@
+"""Which tiles a kernel visits, and in what order: a flat list of steps that the scalar core reads ahead of time.
+
+A kernel's innermost grid axis runs over this list, so tiles that nobody may see cost nothing, and the pipeline that
+loads the next step's tiles never drains. The list has one entry of a few integers per visited tile pair.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.attention import mask as masks
+
+FIRST, LAST, MASKED = 1, 2, 4  # bits of a step: the outer tile begins, it ends, some pair in the tile is invisible
+SEGMENT = 8  # and, multiplied by the segment's number, which keys it reads
+OUTER_SHIFT = 4  # above them: the number of the outer tile
+
+MAX_STEPS = 1 << 15  # three words each: 384 KiB of the 1 MiB of scalar memory
+
+
+class Plan(NamedTuple):
+    """Steps, outer tile by outer tile.
+
+    codes: int32 `[steps]`, the outer tile's number above the bits. tiles: per segment, int32 `[steps]`, the inner tile to hold: in
+    steps of another segment the one it read last, so that nothing is loaded. count: steps to run, an int or, with a
+    traced mask, a traced int32. kinds: the (segment, masked) pairs that can occur.
+    """
+
+    codes: Any
+    tiles: tuple[Any, ...]
+    count: Any
+    kinds: tuple[tuple[int, bool], ...]
+
+
+def rows_of(segment, queries: int):
+    """Key intervals `[4, N]` of a segment, also where everything is visible."""
+    if segment.rows is not None:
+        return segment.rows
+    keys = segment.k.shape[1]
+    return np.broadcast_to(np.array([[0], [keys], [keys], [keys]], np.int32), (4, queries))
+
+
+def by_queries(segments, queries: int, block_q: int, block_k: int) -> Plan:
+    """Steps whose outer tiles are query blocks and whose inner tiles are key tiles, segment after segment."""
+    seen, whole = zip(*(_visits(segment, queries, block_q, block_k, "edge") for segment in segments))
+    tiles = [s.shape[1] for s in seen]
+    xp = np if all(isinstance(s, np.ndarray) for s in seen) else jnp
+    return _flatten(xp, xp.concatenate(seen, axis=1), xp.concatenate(whole, axis=1), tiles)
+
+
+def by_keys(segment, queries: int, block_q: int, block_k: int) -> Plan:
+    """Steps whose outer tiles are one segment's key tiles and whose inner tiles are query blocks.
+
+    A query block that reaches beyond the last query counts as masked: what lies there must not enter the sums.
+    """
+    seen, whole = _visits(segment, queries, block_q, block_k, "constant")
+    xp = np if isinstance(seen, np.ndarray) else jnp
+    return _flatten(xp, seen.T, whole.T, [seen.shape[0]])
+
+
+def longest(queries: int, keys: list[int], block_q: int, block_k: int) -> int:
+    """Steps of a mask that hides nothing."""
+    return -(-queries // block_q) * sum(-(-n // block_k) for n in keys)
+
+
+def _visits(segment, queries, block_q, block_k, padding):
+    """Booleans `[query blocks, key tiles]`: is some pair visible, are all?"""
+    rows = rows_of(segment, queries)
+    xp = np if isinstance(rows, np.ndarray) else jnp
+    rows = xp.pad(rows, ((0, 0), (0, -queries % block_q)), mode=padding)
+    tile = xp.arange(-(-segment.k.shape[1] // block_k), dtype=np.int32)
+
+    def inside(ranges):
+        first1, end1, first2, end2 = (r[:, None] for r in ranges)
+        return ((tile >= first1) & (tile < end1)) | ((tile >= first2) & (tile < end2))
+
+    some, every = masks.tile_ranges(rows, block_q, block_k)
+    return inside(some), inside(every)
+
+
+def _flatten(xp, seen, whole, tiles):
+    """The plan that visits `seen` row by row; `tiles` splits its columns into segments."""
+    nothing = ~seen.any(axis=1, keepdims=True)
+    first_column = xp.arange(seen.shape[1]) == 0
+    seen = seen | (nothing & first_column)  # results are written even where there is nothing to see
+    if xp is np:
+        outer, column = np.nonzero(seen)
+        count = len(outer)
+        masked = ~whole[outer, column]
+    else:
+        count = seen.sum(dtype=np.int32)
+        outer, column = jnp.nonzero(seen, size=seen.size, fill_value=0)
+        masked = ~whole[outer, column]
+    position = xp.arange(len(outer), dtype=np.int32)
+    before = xp.concatenate([outer[:1] - 1, outer[:-1]])
+    after = xp.concatenate([outer[1:], outer[-1:] + 1])
+    last = (after != outer) | (position == count - 1)
+    bounds = np.cumsum([0, *tiles])
+    segment = sum((column >= b).astype(np.int32) for b in bounds[1:-1]) if len(tiles) > 1 else xp.zeros_like(position)
+    codes = (outer << OUTER_SHIFT) + FIRST * (before != outer) + LAST * last + MASKED * masked + SEGMENT * segment
+    held = []
+    for number, start in enumerate(bounds[:-1]):
+        latest = xp.where(segment == number, position, 0)
+        latest = np.maximum.accumulate(latest) if xp is np else lax.cummax(latest)
+        held.append(xp.where(segment[latest] == number, column[latest] - start, 0).astype(np.int32))
+    kinds = tuple(
+        (number, edge)
+        for number in range(len(tiles))
+        for edge in (False, True)
+        if xp is jnp or ((segment == number) & (masked == edge)).any()
+    )
+    return Plan(codes.astype(np.int32), tuple(held), count, kinds)
