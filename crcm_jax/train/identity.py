@@ -50,7 +50,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 def claim(workdir: Path, config, ours: tuple[str, ...]) -> IO:
     """Makes `workdir` this run's and returns the open lock file, which holds it until closed or the process ends.
 
-    `ours` names what a run writes into it. UserError if it belongs to another run, or another process trains in it now.
+    `ours` names what a run's work lies in: where there is none yet, any configuration may take over. UserError if the
+    work is another run's, or another process trains there now.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: --workdir must name a folder")
@@ -63,23 +64,34 @@ def claim(workdir: Path, config, ours: tuple[str, ...]) -> IO:
         raise UserError(
             f"another process is training in {workdir} now: wait for it or choose another --workdir"
         ) from None
-    path = workdir / NAME
-    new = as_json(config)
-    if path.exists():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is not readable as JSON: restore it, or choose another --workdir") from None
-        changed = difference(old, new)
-        if changed:
-            raise UserError(
-                f"{workdir} holds another run: {changed}; choose another --workdir, or the old value to go on with it"
-            )
-    else:
-        found = [name for name in ours if (workdir / name).exists()]
-        if found:
-            raise UserError(
-                f"{workdir} holds {found[0]} but no {NAME} that says which run it is from: choose another --workdir"
-            )
-    manifest.write_text(path, json.dumps(new, indent=1))
+    path, new = workdir / NAME, as_json(config)
+    work = [name for name in ours if _holds_something(workdir / name)]
+    try:
+        if work:
+            _compare(path, new, work[0])
+        manifest.write_text(path, json.dumps(new, indent=1))
+    except BaseException:
+        lock.close()
+        raise
     return lock
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
+
+
+def _compare(path: Path, new: dict[str, Any], work: str) -> None:
+    workdir = path.parent
+    if not path.exists():
+        raise UserError(
+            f"{workdir} holds {work} but no {NAME} that says which run it is from: choose another --workdir"
+        )
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not readable as JSON: restore it, or choose another --workdir") from None
+    changed = difference(old, new)
+    if changed:
+        raise UserError(
+            f"{workdir} holds another run: {changed}; choose another --workdir, or the old value to go on with it"
+        )

@@ -257,8 +257,10 @@ def claim(workdir, config):
 
 
 def test_a_workdir_belongs_to_one_configuration(tmp_path):
-    claim(tmp_path / "new" / "run", fakes.config()).close()
     workdir = tmp_path / "new" / "run"
+    claim(workdir, fakes.config(**{"optim.lr": 9.0})).close()
+    claim(workdir, fakes.config()).close()  # nothing was done yet: the first attempt's configuration binds nobody
+    (workdir / "metrics.jsonl").write_text("{}")
     claim(workdir, fakes.config(**{"train.steps": 99, "train.keep": 7, "sample.prompts": 3})).close()
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 99
     kept = (workdir / "config.json").read_text()
@@ -283,7 +285,7 @@ def test_a_workdir_is_used_by_one_process_at_a_time(tmp_path):
 
 def test_a_workdir_of_unknown_origin_is_left_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious")
-    with pytest.raises(UserError, match=r"holds metrics\.jsonl but no config\.json"):
+    with pytest.raises(UserError, match=r"holds metrics\.jsonl but no config\.json saying"):
         claim(tmp_path, fakes.config())
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json is not readable"):

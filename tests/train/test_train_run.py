@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_fakes as fakes
@@ -17,8 +18,9 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from crcm_jax.errors import UserError
-from crcm_jax.train import manifest, storage
-from crcm_jax.train.checkpoint import Checkpoints, load_params
+from crcm_jax.objectives.algorithm import Algorithm, gradient_of
+from crcm_jax.train import loop, manifest, storage
+from crcm_jax.train.checkpoint import load_params
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -279,11 +281,25 @@ def test_sampler_is_called_with_the_ema(tmp_path):
 
     config = fakes.config(**{"train.sample_every": 5})
     parts = {"algorithm": fakes.algorithm(), "data": fakes.Data(), "init": fakes.initial()}
-    from crcm_jax.train import loop
-
     now = loop.run(config, tmp_path / "run", **parts, sampler=sampler)
     assert [iteration for iteration, _ in seen] == [5, 10]
     np.testing.assert_array_equal(seen[1][1], now.ema["layer"]["w"])  # the student's last update was at iteration 10
+
+
+@pytest.mark.parametrize("lib", [np, jnp])
+def test_an_accidental_transfer_is_an_error(tmp_path, lib):
+    """A tree left on the host would be sent to the device again in every step."""
+
+    def loss(params, others, batch, key, progress):
+        return jnp.sum(jnp.square(fakes.forward(params, batch["latents"]) - others["teacher"]), 1), {}
+
+    options = {"algorithm": Algorithm(gradient_of(loss)), "data": fakes.Data()}
+    start = loop.Initial(fakes.init_params(), others={"teacher": lib.ones(fakes.DIM, np.float32)})
+    if lib is jnp:
+        loop.run(fakes.config(), tmp_path / "run", **options, init=start)
+    else:
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            loop.run(fakes.config(), tmp_path / "run", **options, init=start)
 
 
 def test_another_config_is_refused_before_anything_is_touched(finished, tmp_path):
@@ -292,10 +308,3 @@ def test_another_config_is_refused_before_anything_is_touched(finished, tmp_path
     with pytest.raises(UserError, match=r"holds another run: ema\.rate is 0\.1 there and 0\.2 here"):
         fakes.train(tmp_path / "run", **{"ema.rate": 0.2})
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-
-
-def test_checkpoints_of_a_run_are_its_own_class(finished):
-    # what a run saved can be restored without the loop
-    like = storage.abstract(fakes.initial().student)
-    assert Checkpoints(finished, fakes.config()).parent == finished / storage.FOLDER
-    assert jax.tree.structure(load_params(finished, expect=like)) == jax.tree.structure(like)
