@@ -13,7 +13,7 @@ from pallas_kernels.attention.mask import Full, Mask, Visible, is_static
 
 IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "chunked", "reference")
 
-_SMALL = 1 << 20  # scores per head up to which all of them at once are faster than tiles, on a CPU
+_SMALL = 1 << 20  # scores per head up to which all of them at once are faster than tiles in XLA
 _SMALL_TOTAL = 1 << 26  # and over all heads and batch entries: 256 MiB in float32
 
 
@@ -27,6 +27,7 @@ def attention(
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
+    one_pass: bool = False,
 ):
     """softmax(scale · q kᵀ) v over the keys of one segment, or of two together.
 
@@ -36,6 +37,9 @@ def attention(
     mask: a description from `pallas_kernels.attention.mask`; which keys of each segment a query sees.
     scale: a Python number, 1/√D where None.
     implementation: one of `IMPLEMENTATIONS`, or None for the best that serves these inputs on the default device.
+    one_pass: a promise that the first derivative taken of this call is a `jax.jvp`, never its transpose; a backend may
+      then compute value and tangent in one kernel. A gradient of a function that holds the `jvp` is fine; a gradient of
+      this call itself becomes an error.
 
     Returns o `[B, N, H, D]` in q's dtype, and with `return_lse` also the log-sum-exp of the scores, `[B, H, N]` in
     float32 (float64 for float64 inputs). A query that sees no key has o = 0 and lse = −inf.
@@ -60,7 +64,8 @@ def attention(
         out, lse = reference.attend(q, segments, scale)
     else:
         static = is_static(mask)
-        call = autodiff.Call(_load(name), scale, mask if static else None)
+        one_pass = one_pass and hasattr(_load(name), "forward_tangent")
+        call = autodiff.Call(_load(name), scale, mask if static else None, one_pass)
         context = None if context is None else tuple(context)
         out, lse = autodiff.attend(call, (q, (k, v), context), Visible(None) if static else visible)
     return (out, lse) if return_lse else out
@@ -73,13 +78,12 @@ def _choose(name, q, segments, scale) -> str:
         if name != "reference" and (reason := _load(name).unsupported(q, segments, scale)):
             raise ValueError(f"implementation: {name} cannot serve this call: {reason}; or pass implementation=None")
         return name
-    platform = jax.default_backend()
-    if platform == "cpu":
-        scores = q.shape[1] * sum(s.k.shape[1] for s in segments)
-        small = scores <= _SMALL and scores * q.shape[0] * q.shape[2] <= _SMALL_TOTAL
-        return "reference" if small else "chunked"
-    fast = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(platform)
-    return fast if fast and _load(fast).unsupported(q, segments, scale) is None else "chunked"
+    fast = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+    if fast and _load(fast).unsupported(q, segments, scale) is None:
+        return fast
+    scores = q.shape[1] * sum(s.k.shape[1] for s in segments)
+    small = scores <= _SMALL and scores * q.shape[0] * q.shape[2] <= _SMALL_TOTAL
+    return "reference" if small else "chunked"
 
 
 def _load(name):

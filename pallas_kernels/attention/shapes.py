@@ -56,6 +56,11 @@ def _sparse(queries):
     return Intervals(own=((0, np.where(row % 3 == 0, 0, 1 + row // 2)),))
 
 
+def _late(queries, first):
+    """Whole tiles of queries see nothing."""
+    return Intervals(own=((0, np.where(np.arange(queries) < first, 0, 70)),))
+
+
 SMALL = (
     Case("full", Full(), 150, 150),
     Case("cross", Full(), 150, 77, batch=2),
@@ -73,6 +78,7 @@ SMALL = (
     Case("cached_empty", Cached(0), 60, 60, 200),
     Case("intervals", _lopsided(150, 150, 90), 150, 150, 90),
     Case("empty_rows", _sparse(150), 150, 150),
+    Case("empty_tiles", _late(200, 140), 200, 150),
 )
 
 FRAME, FRAMES = 1560, 21

@@ -52,8 +52,11 @@ def test_bad_choices():
 
 
 def test_an_explicit_choice_that_cannot_be_served_says_why():
-    with pytest.raises(ValueError, match=r"mosaic_gpu cannot serve this call: .*head dim 16"):
+    with pytest.raises(ValueError, match=r"mosaic_gpu cannot serve this call: q has dtype float32"):
         attention(Q, K, K, implementation="mosaic_gpu")
+    q, k = Q.astype(jnp.bfloat16), K.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"mosaic_gpu cannot serve this call: head dim 16 is none of"):
+        attention(q, k, k, implementation="mosaic_gpu")
 
 
 def test_the_default_goes_by_size_on_a_cpu(monkeypatch):

@@ -93,7 +93,9 @@ def _missing(tokens):
 
 
 def _padded_tokens(x):
-    return x if x is None or not _missing(x.shape[1]) else jnp.pad(x, ((0, 0), (0, _missing(x.shape[1])), (0, 0), (0, 0)))
+    return (
+        x if x is None or not _missing(x.shape[1]) else jnp.pad(x, ((0, 0), (0, _missing(x.shape[1])), (0, 0), (0, 0)))
+    )
 
 
 def _padded_row(x):

@@ -1,7 +1,7 @@
 """Backward kernels for Hopper, after FlashAttention-2: one walks over keys for dq, one over queries for dk and dv.
 
-Both rebuild p = exp(S − lse) and dS = p∘(do vᵀ − Δ), with Δ = rowsum(do∘o) − dlse. Every sum is made by one warpgroup in a
-fixed order: the same inputs give the same bits. The price is that S and do vᵀ are computed twice.
+Both rebuild p = exp(S − lse) and dS = p∘(do vᵀ − Δ), with Δ = rowsum(do∘o) − dlse. Every sum is made by one warpgroup
+in a fixed order: the same inputs give the same bits. The price is that S and do vᵀ are computed twice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp

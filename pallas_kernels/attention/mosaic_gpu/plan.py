@@ -1,7 +1,8 @@
 """Which key tiles each query block visits, as a few integers per block that the kernels read.
 
-For one segment the plan is an int32 array `[blocks, 8]`: (first₁, end₁, first₂, end₂) of the tiles that some row may see,
-then (inner₁, inner_end₁, inner₂, inner_end₂) of those among them that need no masking. It grows with N, never with N·M.
+For one segment the plan is an int32 array `[blocks, 8]`: (first₁, end₁, first₂, end₂) of the tiles that some row may
+see, then (inner₁, inner_end₁, inner₂, inner_end₂) of those among them that need no masking. It grows with N, never with
+N·M.
 """
 
 from __future__ import annotations

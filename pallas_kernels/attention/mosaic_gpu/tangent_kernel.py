@@ -1,8 +1,9 @@
 """Tangent kernel for Hopper: ȯ from q̇, k̇, v̇, alone from a saved lse, or together with the forward pass.
 
-The same walk as the forward kernel's, with a second accumulator. Of S = s·q kᵀ and Ṡ = s·(q̇ kᵀ + q k̇ᵀ) come p = exp(S − lse)
-and h = p∘Ṡ, and then ȯ = h v + p v̇ − rowsum(h)·o. Tangents that are known to be zero are left out of loads and products, for
-each segment by itself: a context without tangent costs one product more than a forward pass over it, or two from a saved lse.
+The same walk as the forward kernel's, with a second accumulator. S = s·q kᵀ and Ṡ = s·(q̇ kᵀ + q k̇ᵀ) give
+p = exp(S − lse) and h = p∘Ṡ, and these ȯ = h v + p v̇ − rowsum(h)·o. Tangents that are known to be zero are left out of
+loads and products, for each segment by itself: over a context without tangent both together take four products, where
+the forward pass alone takes two.
 """
 
 from __future__ import annotations
