@@ -26,11 +26,14 @@ Sampler = Callable[[Params, int, Path], None]
 """`(EMA weights, iteration, folder)`: writes clips into the folder."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Initial:
-    """What a new run starts from. `others` are the frozen trees that the algorithm reads, and `uncond`."""
+    """What a new run starts from; `run` empties it, so that weights of which it has its own copy can be freed.
 
-    student: Params
+    `others` are the frozen trees that the algorithm reads, and `uncond`.
+    """
+
+    student: Params | None
     critic: Params | None = None
     others: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -103,7 +106,7 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
     else:
         now, data_state, window = restored
         iterator.set_state(data_state)
-    del init, restored
+    init.student = init.critic = restored = None
     iteration = int(now.progress.iteration)
     if iteration:
         print(f"crcm: {workdir} goes on from iteration {iteration}", file=sys.stderr)

@@ -285,7 +285,7 @@ def test_a_workdir_is_used_by_one_process_at_a_time(tmp_path):
 
 def test_a_workdir_of_unknown_origin_is_left_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious")
-    with pytest.raises(UserError, match=r"holds metrics\.jsonl but no config\.json saying"):
+    with pytest.raises(UserError, match=r"holds metrics\.jsonl but no config\.json"):
         claim(tmp_path, fakes.config())
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json is not readable"):
