@@ -1,0 +1,69 @@
+"""At which times samplers and rollouts evaluate the network (spec: Causal-rCM 4.5, 6.1)."""
+
+import numpy as np
+import pytest
+
+from crcm_jax import schedule
+from crcm_jax.schedule import MID_TIMES, StepPlan
+
+
+def test_few_step_times():
+    """σ_max/(σ_max+1), a prefix of the intermediate times, 0."""
+    assert schedule.few_step(4) == (1600 / 1601, 15 / 16, 5 / 6, 5 / 8, 0.0)
+    assert schedule.few_step(2) == (1600 / 1601, 15 / 16, 0.0)
+    assert schedule.few_step(1) == (1600 / 1601, 0.0)
+    assert schedule.few_step(2, (5 / 6,), sigma_max=None) == (1.0, 5 / 6, 0.0)
+
+
+def test_multi_step_times():
+    """Evenly spaced before the shift, from σ_max to 0, written out with the formula of spec 6.1."""
+    times = np.array(schedule.multi_step(50, 3.0, 1600.0))
+    top = 1600 / 1601
+    u = np.linspace(top / (3 - 2 * top), 0, 51)
+    np.testing.assert_allclose(times, 3 * u / (1 + 2 * u), atol=1e-15)
+    assert len(times) == 51 and times[-1] == 0 and abs(times[0] - top) < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: schedule.few_step(0), "use at least 1"),
+        (lambda: schedule.few_step(5), "5 steps need 4 intermediate times, not 3"),
+        (lambda: schedule.few_step(3, (0.5, 0.6)), "must decrease strictly"),
+        (lambda: schedule.few_step(2, (0.0,)), "must decrease strictly"),
+        (lambda: schedule.decreasing((1.5, 0.0)), "must decrease strictly"),
+        (lambda: StepPlan(steps=(2, 4)), "never increase"),
+        (lambda: StepPlan(steps=()), "at least 1"),
+        (lambda: StepPlan(steps=(2, 0)), "at least 1"),
+        (lambda: StepPlan(steps=(4,), times=((0.9,),)), "4 steps need 3"),
+        (lambda: StepPlan(steps=(4, 2), times=(MID_TIMES, ())), "2 steps need 1"),
+        (lambda: StepPlan(steps=(3,), times=((0.5, 0.9),)), "must decrease strictly"),
+    ],
+)
+def test_impossible_schedules_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_plans_of_the_recipes():
+    """The training presets of spec 6.1; the last entry serves all later chunks."""
+    two = StepPlan((4, 2), (MID_TIMES, (5 / 6,)))
+    assert two.schedule(0) == (1.0, 15 / 16, 5 / 6, 5 / 8)
+    assert two.schedule(1) == two.schedule(9) == (1.0, 5 / 6)
+    assert two.context_times(3) == (5 / 8, 5 / 6, 5 / 6)
+    np.testing.assert_allclose(two.table(2), [[1, 15 / 16, 5 / 6, 5 / 8], [1, 5 / 6, 5 / 6, 5 / 6]], rtol=1e-7)
+    one = StepPlan((4, 1), (MID_TIMES, ()))
+    assert one.schedule(5) == (1.0,)
+    assert one.context_times(2) == (5 / 8, 1.0)
+    # One list of times serves every chunk by its prefix.
+    assert StepPlan((4, 2), (MID_TIMES,)).schedule(1) == (1.0, 15 / 16)
+
+
+def test_simulated_steps_cycle():
+    """N = updates mod m_0 + 1 (spec 4.5); chunk b takes min(N, m_b)."""
+    plan = StepPlan((4, 2), (MID_TIMES, (5 / 6,)))
+    assert [plan.simulated_steps(n) for n in range(6)] == [1, 2, 3, 4, 1, 2]
+    per_chunk = lambda n: [min(plan.simulated_steps(n), plan.most_steps(b)) for b in range(5)]  # noqa: E731
+    assert per_chunk(0) == [1] * 5
+    assert per_chunk(3) == [4, 2, 2, 2, 2]
+    assert per_chunk(4) == [1] * 5
