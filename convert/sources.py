@@ -1,0 +1,217 @@
+"""What weights can be read from: a file, a folder of shards, one of our own checkpoints. Names and specs first, the
+elements tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import safetensors_file, torch_file
+from convert.arrays import Spec
+from crcm_jax.errors import UserError
+
+ROLES = {
+    "ema": ("generator_ema", "net_ema", "ema"),
+    "params": ("generator", "net", "model", "state_dict", "module", ""),
+    "critic": ("critic", "fake_score", "net_fake_score"),
+}
+"""Names under which files keep the averaged weights, the live ones, and the critic's."""
+
+_PREFIXES = ("net_ema.", "net_fake_score.", "net.", "generator_ema.", "generator.")
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_LEADING = ("model.diffusion_model.", "model.", "net.", "module.")
+_INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
+_SUBFOLDERS = ("transformer", "vae", "text_encoder")
+
+
+@dataclasses.dataclass
+class Source:
+    """Tensors by name. `read(name, index)` gives raw elements, of slice `index` along the first axis if it is given.
+
+    kind: what it is, in words. config: a folder's config.json. meta: what one of our files says of itself. notes: what
+    was left aside, and why.
+    """
+
+    path: Path
+    kind: str
+    specs: dict[str, Spec]
+    read: Callable[[str, int | None], np.ndarray]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives a tensor another name."""
+        self.specs[new] = self.specs.pop(old)
+        read = self.read
+        self.read = lambda name, index: read(old if name == new else name, index)
+
+
+def open_source(path: str | Path, which: str | None = None) -> Source:
+    """Finds out what lies at `path`. `which` picks "ema", "params" or "critic" where there are several; the default is
+    the average where there is one. UserError, one sentence, for what cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path, which)
+    if not path.is_file():
+        raise UserError(f"there is nothing at {path}: give a checkpoint file or folder")
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path, [path], which)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return _from_torch(path, which)
+    raise UserError(f"{path} ends in {path.suffix or 'nothing'}: known are .safetensors, .pth and .pt")
+
+
+def _folder(path: Path, which: str | None) -> Source:
+    indexes = [path / name for name in _INDEXES if (path / name).is_file()]
+    shards = sorted(path.glob("*.safetensors"))
+    if indexes:
+        found = _from_safetensors(path, _indexed(indexes[0]), which)
+    elif len(shards) == 1:
+        found = _from_safetensors(path, shards, which)
+    elif shards:
+        raise UserError(
+            f"{path} holds {len(shards)} .safetensors files and no index.json: fetch the index, or give one"
+        )
+    elif any((path / name).is_dir() for name in _SUBFOLDERS):
+        names = ", ".join(name for name in _SUBFOLDERS if (path / name).is_dir())
+        raise UserError(f"{path} is a whole pipeline: convert its subfolders ({names}) one by one")
+    elif list(path.glob("*.distcp")):
+        raise UserError(f"{path} is a distributed PyTorch checkpoint: merge it with torch's dcp_to_torch first")
+    else:
+        return _from_checkpoint(path, which)
+    config = path / "config.json"
+    if config.is_file():
+        try:
+            found.config = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{config} is not readable as JSON: fetch it again") from None
+    return found
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The shards of an index, which must agree with it tensor by tensor."""
+    try:
+        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} is not a readable index of shards: fetch it again") from None
+    shards = [index.parent / name for name in sorted(set(where.values()))]
+    for shard in shards:
+        if shard.parent != index.parent or not shard.is_file():
+            raise UserError(f"{index.name} speaks of {shard.name}, which is not beside it: fetch the missing shard")
+        stored = set(safetensors_file.Reader(shard).specs)
+        told = {name for name, file in where.items() if file == shard.name}
+        for name in sorted(told - stored):
+            raise UserError(f"{index.name} places {name} in {shard.name}, which lacks it: fetch both again")
+        for name in sorted(stored - told):
+            there = f"places it in {where[name]}" if name in where else "does not know it"
+            raise UserError(f"{shard.name} holds {name}, but {index.name} {there}: fetch both again")
+    return shards
+
+
+def _from_safetensors(path: Path, files: list[Path], which: str | None) -> Source:
+    readers = [safetensors_file.Reader(file) for file in files]
+    where = {name: reader for reader in readers for name in reader.specs}
+    meta = json.loads(readers[0].metadata.get("crcm", "{}"))
+    groups: dict[str, dict[str, str]] = {}
+    for name in where:
+        prefix, rest = _split(name)
+        groups.setdefault(prefix, {})[rest] = name
+    names, notes = _choose(path, groups, which)
+    specs = {name: where[stored].specs[stored] for name, stored in names.items()}
+    kind = f"{len(files)} .safetensors file{'s' * (len(files) > 1)}"
+    return Source(path, kind, specs, lambda name, index: where[names[name]].read(names[name], index), {}, meta, notes)
+
+
+def _from_torch(path: Path, which: str | None) -> Source:
+    reader = torch_file.Reader(path)
+    if not isinstance(reader.content, Mapping):
+        raise UserError(f"{path} holds a {type(reader.content).__name__}, not named tensors")
+    groups: dict[str, dict[str, Any]] = {}
+    aside = []
+    for key, value in reader.content.items():
+        if reader.is_tensor(value):
+            prefix, rest = _split(str(key))
+            groups.setdefault(prefix, {})[rest] = value
+        elif isinstance(value, Mapping) and value and all(reader.is_tensor(v) for v in value.values()):
+            for name, tensor in value.items():
+                prefix, rest = _split(str(name))
+                groups.setdefault(str(key) if prefix in ("", "net") else prefix, {})[rest] = tensor
+        else:
+            aside.append(str(key))
+    tensors, notes = _choose(path, groups, which)
+    if aside:
+        notes.append(f"passed over {', '.join(sorted(aside)[:8])}: no weights")
+    specs = {name: reader.spec(name, tensor) for name, tensor in tensors.items()}
+
+    def read(name: str, index: int | None) -> np.ndarray:
+        tensor = tensors[name]
+        return reader.read(tensor if index is None else tensor[index])
+
+    return Source(path, "PyTorch file", specs, read, notes=notes)
+
+
+def _from_checkpoint(path: Path, which: str | None) -> Source:
+    """A run's workdir or checkpoint folder. Its weights are held whole: orbax restores a tree at a time."""
+    from crcm_jax.train import storage
+    from crcm_jax.train.weights import load_meta, load_params
+
+    meta = load_meta(path)
+    arrays = {name: np.asarray(leaf) for name, leaf in storage.leaves(load_params(path, which or "ema"))}
+    types = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+    specs = {name: Spec(types[str(array.dtype)], array.shape) for name, array in arrays.items()}
+
+    def read(name: str, index: int | None) -> np.ndarray:
+        array = arrays[name] if index is None else arrays[name][index]
+        return array.view(f"u{array.dtype.itemsize}")
+
+    notes = [f"the {which or 'ema'} weights of iteration {meta.get('iteration', '?')}"]
+    return Source(path, "causal-rcm-jax checkpoint", specs, read, {}, meta, notes)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(whose tensor, its name without that)."""
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return prefix[:-1], name[len(prefix) :]
+    return "", name
+
+
+def _choose(path: Path, groups: dict[str, dict[str, Any]], which: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The tensors asked for, by their bare names; and what was left aside."""
+    by_role = {role: [name for name in names if name in groups] for role, names in ROLES.items()}
+    order = {None: ("ema", "params"), "ema": ("ema", "params"), "params": ("params",), "critic": ("critic",)}[which]
+    role = next((role for role in order if by_role[role]), None)
+    if role is None:
+        held = ", ".join(sorted(name or "bare names" for name in groups)) or "no tensors"
+        raise UserError(f"{path} holds no {which or 'student'} weights, only {held}: choose another --which")
+    chosen, *more = by_role[role]
+    notes = [f"left aside {len(groups[name])} tensors of {name or 'bare name'}" for name in groups if name != chosen]
+    if more:
+        raise UserError(f"{path} holds several sets of weights ({chosen}, {', '.join(more)}): split it first")
+    if which == "ema" and role == "params":
+        notes.append("no averaged weights are told apart here: these are the only ones")
+    bare: dict[str, Any] = {}
+    for name, tensor in groups[chosen].items():
+        short = _bare(name)
+        if short in bare:
+            raise UserError(f"{path} holds {short} twice, once as {name}: it mixes two sets of weights")
+        bare[short] = tensor
+    return bare, notes
+
+
+def _bare(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    leading = re.compile("|".join(re.escape(prefix) for prefix in _LEADING))
+    while found := leading.match(name):
+        name = name[found.end() :]
+    return name
