@@ -29,7 +29,7 @@ def chunk_pattern(config) -> ChunkPattern:
 
 
 def network(config, role: str = "student") -> Network:
-    """The network of a role: `student`, `teacher` (causal unless the run is bidirectional), `real`, `critic` (not causal).
+    """The network of a role: `student` and `teacher` (causal unless the run is bidirectional), `real`, `critic`.
 
     The teacher, the real score and the critic may have another size: `config.sizes.<role>` overrides `config.model`.
     """

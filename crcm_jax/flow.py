@@ -125,7 +125,7 @@ def sample_times(key, distribution: TimeDistribution, shape, dtype=jnp.float32):
 
 
 def fopp_times(key, distribution: TimeDistribution, batch: int, chunks: int):
-    """FoPP: monotone non-decreasing chunk times `[batch, chunk]`; the anchor keeps the marginal `distribution` (spec 2).
+    """FoPP: non-decreasing chunk times `[batch, chunk]`; the anchor keeps the marginal `distribution` (spec 2).
 
     An anchor chunk is drawn uniformly and its time from the distribution; earlier chunks are order statistics of
     uniforms below it, later ones above it, realised as normalised sums of exponentials, all in cumulative probability.

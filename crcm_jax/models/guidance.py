@@ -11,8 +11,8 @@ from crcm_jax.models.base import Condition, Network
 def guided_velocity(network: Network, params, x, t, cond: Condition, uncond: Condition | None, scale: float, **view):
     """v_u + scale·(v_c − v_u), both branches in one batch of twice the size.
 
-    x `[batch, frame, height, width, channel]`; t `[batch or 1, frame or 1]`. Plain velocity, one branch, where
-    scale ≤ 1 or there is no `uncond`. `view` is the network's `context` or nothing: with a cache, see `sampling.stream`.
+    x `[batch, frame, height, width, channel]`; t `[batch or 1, frame or 1]`; `view` is the network's `context`, if any.
+    Plain velocity, one branch, where scale ≤ 1 or there is no `uncond`.
     """
     if scale <= 1 or uncond is None:
         return network.velocity(params, x, t, cond, **view)

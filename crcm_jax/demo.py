@@ -1,0 +1,141 @@
+"""The whole recipe on moving digits, at a size for two CPU cores: three stages, their scores and a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.digits import get_config
+from crcm_jax.evaluate import producer, report
+from crcm_jax.evaluate.run import Judge, evaluate, heldout_prompts, judge, real_clips, write_json
+from crcm_jax.evaluate.video import write_video
+from crcm_jax.sampling import Ode
+
+TEACHER = Path(__file__).with_name("assets") / "digits_teacher.safetensors"
+"""The bidirectional teacher that ships with the package; its metadata holds the command and the configuration."""
+
+STAGES: dict[str, dict[str, Any]] = {
+    "tf": {"train.steps": 200},
+    "tf_scm": {"train.steps": 200},
+    "sf_dmd": {"train.steps": 240},
+}
+"""The demo's own settings of each stage; everything else is `configs/digits.py`."""
+
+SCRATCH = {"train.steps": 3000, "data.batch_size": 64}
+"""Settings of the bidirectional stage where the shipped teacher is not used."""
+
+SCHEDULES = {4: (15 / 16, 5 / 6, 5 / 8), 2: (5 / 6,), 1: ()}
+CLIPS, SHOWN = 200, 8
+
+
+class Clock:
+    """Seconds spent on the demo so far, kept in a file: a killed demo goes on where it was."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._before = json.loads(file.read_text())["seconds"] if file.exists() else 0.0
+        self._began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self._before + time.perf_counter() - self._began
+
+    def say(self, message: str) -> None:
+        """A line of progress with the time, which is also put on record."""
+        write_json(self._file, {"seconds": self.seconds()})
+        print(f"\n[{self.seconds():4.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def stage_config(training: str, folder: Path, changes: dict[str, Any]) -> ConfigDict:
+    """The configuration of one stage of the demo in `folder`."""
+    config = get_config(training)
+    config.update_from_flattened_dict({"train.save_every": 100, "train.sample_every": 0, **changes})
+    before = {"tf": "bidirectional", "tf_scm": "tf", "sf_dmd": "tf_scm"}
+    teacher = folder / "bidirectional"
+    if training != "bidirectional":
+        source = folder / before[training]
+        config.init.student = str(source if source != teacher or teacher.exists() else TEACHER)
+    if training == "tf_scm":
+        config.init.teacher = str(folder / "tf")
+    if training == "sf_dmd":
+        config.init.real = str(teacher if teacher.exists() else TEACHER)
+    return config
+
+
+def run(folder: Path, from_scratch: bool = False) -> Path:
+    """Train, judge and report in `folder`; returns the report's path.
+
+    An interrupted demo goes on where it was, a finished one starts anew.
+    """
+    from crcm_jax.train.assemble import train
+
+    folder = Path(folder)
+    if (folder / "metrics.json").exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = Clock(folder / "clock.json")
+    stages = {"bidirectional": SCRATCH, **STAGES} if from_scratch else STAGES
+    for number, (training, changes) in enumerate(stages.items(), 1):
+        clock.say(f"stage {number} of {len(stages)}: {training}")
+        train(stage_config(training, folder, changes), folder / training)
+
+    clock.say("training the judge: a classifier of real digits")
+    config = stage_config("tf", folder, STAGES["tf"])
+    referee = judge(config, clips=CLIPS)
+    prompts = heldout_prompts(config, SHOWN)
+    shown = {"real example": real_clips(config)(prompts, range(SHOWN))}
+    scores: dict[str, Any] = {}
+    for name, (title, make) in models(folder).items():
+        clock.say(f"judging {title}")
+        scores[name] = score(make, referee)
+        shown[title] = make(prompts, range(SHOWN))
+    for title, videos in shown.items():
+        write_video(folder / "clips" / f"{title.replace(' ', '_').replace(',', '')}.gif", np.concatenate(videos, 1))
+    path = report.write_report(
+        folder / "report.html",
+        title="Causal-rCM on moving digits",
+        summary="A bidirectional video diffusion model becomes a streaming one in three stages: a causal teacher (tf), "
+        "a few-step student (tf_scm), and that student trained on its own rollouts (sf_dmd).",
+        prompts=prompts,
+        clips=shown,
+        scores={title: scores[name] for name, (title, _) in models(folder).items()},
+        losses={training: folder / training / "metrics.jsonl" for training in stages},
+        commands=["make demo FROM_SCRATCH=1" if from_scratch else "make demo"],
+        facts={"seed": config.seed, "clips judged": CLIPS, "seconds": round(clock.seconds())},
+    )
+    write_json(folder / "metrics.json", {"wall_seconds": round(clock.seconds(), 1), **scores})
+    return path
+
+
+def models(folder: Path) -> dict[str, tuple[str, producer.Producer]]:
+    """Key in metrics.json → (title, producer) of everything that is judged."""
+
+    def few(stage: str, steps: int):
+        config, params, _ = producer.load(folder / stage)
+        return producer.streaming(config, params, producer.few_step_solver(config, (steps,), SCHEDULES[steps]))
+
+    config, params, _ = producer.load(folder / "tf")
+    solver = Ode(config.sample.ode_steps)
+    teacher = producer.streaming(config, params, solver, guidance=config.sample.guidance)
+    return {
+        "teacher": (f"causal teacher, {solver.steps} steps", teacher),
+        "tf_cm_4step": ("TF-CM student, 4 steps", few("tf_scm", 4)),
+        "student_4step": ("SF-DMD student, 4 steps", few("sf_dmd", 4)),
+        "student_2step": ("SF-DMD student, 2 steps", few("sf_dmd", 2)),
+        "student_1step": ("SF-DMD student, 1 step", few("sf_dmd", 1)),
+    }
+
+
+def score(make: producer.Producer, referee: Judge) -> dict[str, Any]:
+    """The scores of a model, with a progress bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=CLIPS, unit="clip", desc="judging") as bar:
+        return evaluate(make, referee, progress=lambda done, _: bar.update(done - bar.n))
