@@ -36,9 +36,40 @@ def unsupported(q, segments, scale):
 
 
 def forward(q, segments, scale):
+    """See `backend`."""
     from pallas_kernels.attention.mosaic_tpu import forward_kernel
 
     return forward_kernel.forward(q, segments, scale, *_built("forward", q, segments))
+
+
+def forward_tangent(q, segments, scale, dq, dsegments):
+    """See `backend`."""
+    from pallas_kernels.attention.mosaic_tpu import forward_kernel
+
+    return forward_kernel.forward(q, segments, scale, *_built("forward_tangent", q, segments), dq, dsegments)
+
+
+def tangent(q, segments, scale, o, lse, dq, dsegments):
+    """See `backend`."""
+    from pallas_kernels.attention.mosaic_tpu import tangent_kernel
+
+    return tangent_kernel.tangent(q, segments, scale, o, lse, dq, dsegments, *_built("tangent", q, segments))
+
+
+def backward(q, segments, scale, o, lse, do, dlse, wanted):
+    """See `backend`."""
+    from pallas_kernels.attention.mosaic_tpu import backward_kernel as kernels
+
+    delta = kernels.delta(o, do, dlse)
+    want_q, want_segments = wanted
+    dq = None
+    if want_q:
+        dq = kernels.backward_q(q, segments, scale, lse, delta, do, *_built("backward_q", q, segments))
+    grads = []
+    for segment, want in zip(segments, want_segments):
+        built = _built("backward_kv", q, (segment,))
+        grads.append(kernels.backward_kv(q, segment, scale, lse, delta, do, want, *built) if any(want) else (None, None))
+    return dq, tuple(grads)
 
 
 def _built(kernel, q, segments):
