@@ -128,7 +128,7 @@ class _Board:
 
     def __init__(self, folder: Path, start: int):
         folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         if start:
             # Tells TensorBoard to drop what an interrupted run wrote after its last checkpoint.
             session = SessionLog(status=SessionLog.START)
