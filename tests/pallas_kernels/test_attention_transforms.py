@@ -22,6 +22,7 @@ from pallas_kernels.attention import (
 
 TOKENS, HEADS, DIM, CHUNK = 96, 2, 64, 32
 MASK = TeacherForcing(CHUNK, CHUNK)
+ROUNDED = ("mosaic_gpu",)
 NAMED = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME, LSE_NAME)
 
 
@@ -47,10 +48,8 @@ def network(weights, x, clean, implementation, unroll=False, policy="none", one_
     def layer(streams, w):
         x, clean = streams
         k = clean @ w
-        clean_out = attention(clean, k, clean, mask=BlockCausal(CHUNK, CHUNK), implementation=implementation)
-        out = attention(
-            x @ w, x @ w, x, context=(k, clean), mask=MASK, implementation=implementation, one_pass=one_pass
-        )
+        clean_out = attend(clean, k, clean, mask=BlockCausal(CHUNK, CHUNK), implementation=implementation)
+        out = attend(x @ w, x @ w, x, context=(k, clean), mask=MASK, implementation=implementation, one_pass=one_pass)
         return (x + out, clean + clean_out), None
 
     if policy != "none":
@@ -69,7 +68,16 @@ def consistency_loss(weights, x, clean, dx, implementation, **how):
     return jnp.mean((y - jax.lax.stop_gradient(y - 0.1 * dy)) * jnp.cos(y) + 0.01 * y**2)
 
 
-def close(a, b, tolerance=2e-5):
+def attend(q, k, v, *, context=None, implementation, **how):
+    """`attention` on float32 streams; a backend that has only low precision gets its inputs rounded."""
+    if implementation not in ROUNDED:
+        return attention(q, k, v, context=context, implementation=implementation, **how)
+    q, k, v, context = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (q, k, v, context))
+    return attention(q, k, v, context=context, implementation=implementation, **how).astype(jnp.float32)
+
+
+def close(a, b, backend=None):
+    tolerance = 3e-2 if backend in ROUNDED else 2e-5
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), np.linalg.norm(x - y) / np.linalg.norm(y)
@@ -110,13 +118,13 @@ def one_pass(tiled, monkeypatch):
 )
 def test_gradient_of_a_consistency_loss(tiled, how):
     loss = functools.partial(consistency_loss, implementation=tiled, **how)
-    close(jax.jit(jax.grad(loss))(*ARGS), expected_gradient())
+    close(jax.jit(jax.grad(loss))(*ARGS), expected_gradient(), tiled)
 
 
 @pytest.mark.parametrize("how", [{"policy": NAMED}, {"unroll": True}], ids=["scan_remat_names", "unrolled"])
 def test_gradient_of_a_consistency_loss_in_one_pass(one_pass, how):
     loss = functools.partial(consistency_loss, implementation=one_pass, one_pass=True, **how)
-    close(jax.jit(jax.grad(loss))(*ARGS), expected_gradient())
+    close(jax.jit(jax.grad(loss))(*ARGS), expected_gradient(), one_pass)
 
 
 def test_second_derivatives_of_one_pass(one_pass):
@@ -125,28 +133,28 @@ def test_second_derivatives_of_one_pass(one_pass):
     def tangent(x, clean, implementation):
         def call(x):
             k = 0.5 * x
-            return attention(x, k, x, context=(k, clean), mask=MASK, implementation=implementation, one_pass=True)
+            return attend(x, k, x, context=(k, clean), mask=MASK, implementation=implementation, one_pass=True)
 
         return jnp.vdot(jax.jvp(call, (x,), (dx,))[1], dx)
 
     def gradients(implementation):
         return jax.jit(jax.grad(functools.partial(tangent, implementation=implementation), (0, 1)))(x, clean)
 
-    close(gradients(one_pass), gradients("reference"))
+    close(gradients(one_pass), gradients("reference"), one_pass)
 
 
 def test_one_pass_refuses_reverse_mode(one_pass):
     """An error from JAX, whose wording depends on where tracing stops; never a wrong gradient."""
     x = ARGS[1][:, :32]
     with pytest.raises(ValueError):
-        jax.grad(lambda x: attention(x, x, x, implementation=one_pass, one_pass=True).sum())(x)
+        jax.grad(lambda x: attend(x, x, x, implementation=one_pass, one_pass=True).sum())(x)
 
 
 def test_linearize_and_transpose(tiled):
     x, clean, dx = ARGS[1:]
 
     def call(x, implementation=tiled):
-        return attention(x, 0.5 * x, x, context=(clean, clean), mask=MASK, implementation=implementation)
+        return attend(x, 0.5 * x, x, context=(clean, clean), mask=MASK, implementation=implementation)
 
     @jax.jit
     def derivatives():
@@ -154,12 +162,12 @@ def test_linearize_and_transpose(tiled):
         return (y, push(dx)), jax.linear_transpose(push, x)(dx)
 
     plain = functools.partial(call, implementation="reference")
-    close(derivatives(), jax.jit(lambda: (jax.jvp(plain, (x,), (dx,)), jax.vjp(plain, x)[1](dx)))())
+    close(derivatives(), jax.jit(lambda: (jax.jvp(plain, (x,), (dx,)), jax.vjp(plain, x)[1](dx)))(), tiled)
 
 
 def test_without_jit():
     x, _, dx = ARGS[1:]
-    call = functools.partial(attention, mask=BlockCausal(CHUNK, CHUNK))
+    call = functools.partial(attend, mask=BlockCausal(CHUNK, CHUNK))
     plain = functools.partial(call, implementation="reference")
     tiled = functools.partial(call, implementation="chunked")
     close(jax.jvp(tiled, (x, x, x), (dx, dx, dx)), jax.jvp(plain, (x, x, x), (dx, dx, dx)))
@@ -173,7 +181,7 @@ def test_second_derivatives_are_right(tiled):
     def along(implementation):
         def call(x, clean):
             k = clean * 0.7
-            return attention(x, 0.5 * x, x, context=(k, clean), mask=MASK, implementation=implementation)
+            return attend(x, 0.5 * x, x, context=(k, clean), mask=MASK, implementation=implementation)
 
         def tangent(x, clean):
             return jax.jvp(lambda x: call(x, clean), (x,), (dx,))[1]
@@ -182,14 +190,14 @@ def test_second_derivatives_are_right(tiled):
         reverse = jax.vjp(tangent, x, clean)[1](g)
         return forward, reverse
 
-    close(jax.jit(lambda: along(tiled))(), jax.jit(lambda: along("reference"))())
+    close(jax.jit(lambda: along(tiled))(), jax.jit(lambda: along("reference"))(), tiled)
 
 
 def test_a_gradient_of_a_gradient_is_an_error(tiled):
     x = ARGS[1][:, :32]
 
     def gradient(x):
-        return jax.grad(lambda x: attention(x, x, x, implementation=tiled).sum())(x)
+        return jax.grad(lambda x: attend(x, x, x, implementation=tiled).sum())(x)
 
     with pytest.raises(AssertionError):
         jax.make_jaxpr(jax.grad(lambda x: gradient(x).sum()))(x)
@@ -231,7 +239,7 @@ def test_a_context_without_tangent_costs_nothing():
     x, clean, dx = ARGS[1:]
 
     def call(x, clean):
-        return attention(x, x, x, context=(clean, clean), mask=MASK, implementation="chunked").sum()
+        return attend(x, x, x, context=(clean, clean), mask=MASK, implementation="chunked").sum()
 
     layers = functools.partial(network, implementation="chunked")
     want = (True, ((True, True), (False, False)))
@@ -248,7 +256,7 @@ def test_saved_names_spare_the_forward_kernel():
 
     def gradient(policy):
         def block(x):
-            call = attention(x, x, x, context=(clean, clean), mask=MASK, implementation="chunked")
+            call = attend(x, x, x, context=(clean, clean), mask=MASK, implementation="chunked")
             return jnp.sin(call)
 
         f = jax.checkpoint(block, policy=policy)
@@ -262,7 +270,7 @@ def test_traced_masks(tiled):
 
     def chunk(x, stop, implementation):
         mask = Cached(stop, start=8, sink=4)
-        return attention(x, x, x, context=(clean, clean), mask=mask, implementation=implementation)
+        return attend(x, x, x, context=(clean, clean), mask=mask, implementation=implementation)
 
     def both(implementation):
         def derivative(stop):
@@ -271,22 +279,22 @@ def test_traced_masks(tiled):
 
         return jax.jit(lambda: jax.lax.map(derivative, jnp.array([0, 20, 96])))()
 
-    close(both(tiled), both("reference"))
+    close(both(tiled), both("reference"), tiled)
 
 
 def test_chunks_one_by_one_are_the_whole(backend):
     x = stream(6)
-    whole = attention(x, x, x, mask=BlockCausal(CHUNK, CHUNK), implementation=backend)
+    whole = attend(x, x, x, mask=BlockCausal(CHUNK, CHUNK), implementation=backend)
 
     def one(i):
         q = jax.lax.dynamic_slice_in_dim(x, i * CHUNK, CHUNK, 1)
-        by_offset = attention(q, x, x, mask=BlockCausal(CHUNK, CHUNK, offset=i), implementation=backend)
-        by_cache = attention(q, q, q, context=(x, x), mask=Cached(i * CHUNK), implementation=backend)
+        by_offset = attend(q, x, x, mask=BlockCausal(CHUNK, CHUNK, offset=i), implementation=backend)
+        by_cache = attend(q, q, q, context=(x, x), mask=Cached(i * CHUNK), implementation=backend)
         return by_offset, by_cache
 
     by_offset, by_cache = jax.lax.map(one, jnp.arange(TOKENS // CHUNK))
     for parts in (by_offset, by_cache):
-        close(jnp.concatenate(list(parts), axis=1), whole)
+        close(jnp.concatenate(list(parts), axis=1), whole, backend)
 
 
 def test_memory_grows_with_length_not_its_square():
@@ -294,7 +302,7 @@ def test_memory_grows_with_length_not_its_square():
         x = jax.ShapeDtypeStruct((1, tokens, 1, 64), jnp.float32)
 
         def loss(x):
-            return attention(x, x, x, mask=BlockCausal(tokens // 4, tokens // 4), implementation="chunked").sum()
+            return attend(x, x, x, mask=BlockCausal(tokens // 4, tokens // 4), implementation="chunked").sum()
 
         return jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
 
@@ -336,7 +344,7 @@ def test_only_perturbed_inputs_are_linear():
     x, clean, dx = ARGS[1:]
 
     def call(x):
-        return attention(x, clean, clean, mask=BlockCausal(CHUNK, CHUNK), implementation="chunked")
+        return attend(x, clean, clean, mask=BlockCausal(CHUNK, CHUNK), implementation="chunked")
 
     jaxpr = jax.make_jaxpr(lambda x: jax.jvp(call, (x,), (dx,)))(x)
     assert autodiff.OUTPUT_NAME in str(jaxpr)

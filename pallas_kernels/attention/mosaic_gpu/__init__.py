@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.backend import Segment
+from pallas_kernels.attention.mosaic_gpu import backward_kernel, forward_kernel, tangent_kernel
+from pallas_kernels.attention.mosaic_gpu.blocks import blocks_for
 
 DIMS = (64, 128)
-_MINIMUM = 128  # a copy may ask for as many tokens as a tile has
+_MINIMUM = 256  # a copy may ask for as many tokens as the longest tile has
 _MULTIPLE = 8  # and moves eight rows at a time; only the last tile's tail may lie beyond the end
 
 
@@ -38,37 +40,32 @@ def _no_hopper():
 
 
 def forward(q, segments, scale):
-    from pallas_kernels.attention.mosaic_gpu import forward_kernel as kernels
-
-    (q, *_), segments, n = _padded((q,), segments)
-    return _cut(n, kernels.forward(q, segments, scale, kernels.Blocks()))
+    (q,), segments, n = _padded((q,), segments)
+    return _cut(n, forward_kernel.forward(q, segments, scale, blocks_for("forward", q.shape[3])))
 
 
 def tangent(q, segments, scale, o, lse, dq, dsegments):
-    from pallas_kernels.attention.mosaic_gpu import tangent_kernel as kernels
-
-    dsegments = _padded_tangents(dsegments)
     (q, dq, o), segments, n = _padded((q, dq, o), segments)
-    return _cut(n, kernels.tangent(q, segments, scale, o, _padded_row(lse), dq, dsegments, kernels.Blocks()))
+    lse, dsegments, blocks = _padded_row(lse), _padded_tangents(dsegments), blocks_for("tangent", q.shape[3])
+    return _cut(n, tangent_kernel.tangent(q, segments, scale, o, lse, dq, dsegments, blocks))
 
 
 def forward_tangent(q, segments, scale, dq, dsegments):
-    from pallas_kernels.attention.mosaic_gpu import tangent_kernel as kernels
-
-    dsegments = _padded_tangents(dsegments)
     (q, dq), segments, n = _padded((q, dq), segments)
-    return _cut(n, kernels.forward_tangent(q, segments, scale, dq, dsegments, kernels.Blocks()))
+    dsegments, blocks = _padded_tangents(dsegments), blocks_for("forward_tangent", q.shape[3])
+    return _cut(n, tangent_kernel.forward_tangent(q, segments, scale, dq, dsegments, blocks))
 
 
 def backward(q, segments, scale, o, lse, do, dlse, wanted):
-    from pallas_kernels.attention.mosaic_gpu import backward_kernel as kernels
-
     lengths = [s.k.shape[1] for s in segments]
     (q, o, do), segments, n = _padded((q, o, do), segments)
-    dq, grads = kernels.backward(
-        q, segments, scale, o, _padded_row(lse), do, _padded_row(dlse), wanted, kernels.Blocks()
+    lse, dlse, blocks = (
+        _padded_row(lse),
+        _padded_row(dlse),
+        [blocks_for(kernel, q.shape[3]) for kernel in ("dq", "dkv")],
     )
-    grads = tuple(tuple(None if x is None else x[:, :length] for x in pair) for pair, length in zip(grads, lengths))
+    dq, grads = backward_kernel.backward(q, segments, scale, o, lse, do, dlse, wanted, *blocks)
+    grads = tuple(tuple(None if x is None else x[:, :m] for x in pair) for pair, m in zip(grads, lengths))
     return None if dq is None else dq[:, :n], grads
 
 

@@ -6,7 +6,6 @@ in a fixed order: the same inputs give the same bits. The price is that S and do
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax.experimental.pallas as pl
@@ -16,41 +15,32 @@ from jax import lax
 
 from pallas_kernels.attention.mosaic_gpu import plan as plans
 from pallas_kernels.attention.mosaic_gpu import tiles
+from pallas_kernels.attention.mosaic_gpu.blocks import Blocks
 from pallas_kernels.attention.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, LOG2_E, WARPGROUP_ROWS, Ring
 
 BLOCK = WARPGROUP_ROWS * COMPUTE_WARPGROUPS  # queries of a dq program, keys of a dk, dv program
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Keys per tile of the dq kernel, queries per tile of the dk, dv kernel, buffers in their rings, grid order."""
-
-    block_k: int = 128
-    block_q: int = 64
-    stages: int = 2
-    heads_first: bool = True
-
-
-def backward(q, segments, scale: float, o, lse, do, dlse, wanted, blocks: Blocks):
+def backward(q, segments, scale: float, o, lse, do, dlse, wanted, dq_blocks: Blocks, dkv_blocks: Blocks):
     """dq and ((dk, dv), …); a segment is skipped where neither of its gradients is wanted, and so is dq."""
     want_q, want_segments = wanted
     pad = ((0, 0), (0, 0), (0, -q.shape[1] % BLOCK))
     delta = jnp.einsum("bnhd,bnhd->bhn", do, o, preferred_element_type=jnp.float32) - dlse
     lse = jnp.where(jnp.isfinite(lse), lse, 0)  # of a row that sees nothing; its scores are all hidden
     vectors = jnp.pad(lse * LOG2_E, pad), jnp.pad(delta, pad)
-    dq = _dq(q, segments, scale, do, vectors, blocks) if want_q else None
+    dq = _dq(q, segments, scale, do, vectors, dq_blocks) if want_q else None
     return dq, tuple(
-        _dkv(q, s, scale, do, vectors, blocks) if any(want) else (None, None)
+        _dkv(q, s, scale, do, vectors, dkv_blocks) if any(want) else (None, None)
         for s, want in zip(segments, want_segments)
     )
 
 
-def _dq(q, segments, scale, do, vectors, blocks):
+def _dq(q, segments, scale, do, vectors, blocks: Blocks):
     batch, queries, heads, dim = q.shape
     rows = [plans.rows_of(s, queries, BLOCK) for s in segments]
-    tables = [plans.plan_of(r, BLOCK, blocks.block_k) for r in rows]
+    tables = [plans.plan_of(r, BLOCK, blocks.tile) for r in rows]
     tile = tiles.tile_scratch((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, dim), q.dtype)
-    ring = tiles.ring_scratch(blocks.stages, (blocks.block_k, dim), q.dtype)
+    ring = tiles.ring_scratch(blocks.stages, (blocks.tile, dim), q.dtype)
     return plgpu.kernel(
         functools.partial(_dq_kernel, scale=scale, blocks=blocks, groups=heads // segments[0].k.shape[2]),
         out_type=q,
@@ -101,7 +91,7 @@ def _dq_kernel(
 
             @pl.loop(0, own_steps.count)
             def _step(step, k_ref=k_ref, v_ref=v_ref, own_steps=own_steps, done=done):
-                tile = pl.ds(own_steps.tile(step) * blocks.block_k, blocks.block_k)
+                tile = pl.ds(own_steps.tile(step) * blocks.tile, blocks.tile)
                 for ref, ring in ((k_ref, k_ring), (v_ref, v_ring)):
                     ring.fill(ref.at[batch, tile, lax.div(head, jnp.int32(groups))], done + step)
 
@@ -123,7 +113,7 @@ def _dq_kernel(
             dq, lse, delta = carry
             item = done + step
             tile = steps[segment].tile(step)
-            shape = WARPGROUP_ROWS, blocks.block_k
+            shape = WARPGROUP_ROWS, blocks.tile
 
             def products(s_ref, dp_ref):
                 k_ring.wait(item)
@@ -136,7 +126,7 @@ def _dq_kernel(
             v_ring.release(item)
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], base, shape, tile * blocks.block_k), s, -jnp.inf),
+                lambda s: jnp.where(tiles.seen_by(rows[segment], base, shape, tile * blocks.tile), s, -jnp.inf),
                 lambda s: s,
                 s,
             )
@@ -161,14 +151,14 @@ def _dq_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _dkv(q, segment, scale, do, vectors, blocks):
+def _dkv(q, segment, scale, do, vectors, blocks: Blocks):
     batch, queries, heads, dim = q.shape
     keys, kv_heads = segment.k.shape[1:3]
     rows = plans.rows_of(segment, queries, BLOCK)
-    table = plans.transposed_plan_of(rows, blocks.block_q, BLOCK, keys)
+    table = plans.transposed_plan_of(rows, blocks.tile, BLOCK, keys)
     tile = tiles.tile_scratch((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, dim), q.dtype)
-    ring = tiles.ring_scratch(blocks.stages, (blocks.block_q, dim), q.dtype)
-    vector_ring = tiles.ring_scratch(blocks.stages, (blocks.block_q,), jnp.float32, tiled=False)
+    ring = tiles.ring_scratch(blocks.stages, (blocks.tile, dim), q.dtype)
+    vector_ring = tiles.ring_scratch(blocks.stages, (blocks.tile,), jnp.float32, tiled=False)
     return plgpu.kernel(
         functools.partial(_dkv_kernel, scale=scale, blocks=blocks, groups=heads // kv_heads),
         out_type=(segment.k, segment.v),
@@ -220,7 +210,7 @@ def _dkv_kernel(
             @pl.loop(0, steps.count)
             def _step(step, head=head, group=group):
                 item = group * steps.count + step
-                tile = pl.ds(steps.tile(step) * blocks.block_q, blocks.block_q)
+                tile = pl.ds(steps.tile(step) * blocks.tile, blocks.tile)
                 for ref, ring in ((q_ref, q_ring), (do_ref, do_ring)):
                     ring.fill(ref.at[batch, tile, head], item)
                 for ref, ring in ((lse_ref, lse_ring), (delta_ref, delta_ring)):
@@ -235,7 +225,7 @@ def _dkv_kernel(
         plgpu.copy_gmem_to_smem(k_ref.at[batch, own_keys, kv_head], k_tile, arrived.at[wg])
         plgpu.copy_gmem_to_smem(v_ref.at[batch, own_keys, kv_head], v_tile, arrived.at[wg])
         plgpu.barrier_wait(arrived.at[wg])
-        shape = WARPGROUP_ROWS, blocks.block_q
+        shape = WARPGROUP_ROWS, blocks.tile
 
         def body(step, carry, group):
             dk, dv = carry
@@ -252,7 +242,7 @@ def _dkv_kernel(
             s, dp = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
             s = lax.cond(
                 steps.needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_from(rows, base, shape, tile * blocks.block_q), s, -jnp.inf),
+                lambda s: jnp.where(tiles.seen_from(rows, base, shape, tile * blocks.tile), s, -jnp.inf),
                 lambda s: s,
                 s,
             )

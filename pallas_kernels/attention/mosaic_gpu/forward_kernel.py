@@ -7,7 +7,6 @@ While one warpgroup exponentiates, the other multiplies: they hand the tensor co
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -18,26 +17,18 @@ from jax import lax
 
 from pallas_kernels.attention.mosaic_gpu import plan as plans
 from pallas_kernels.attention.mosaic_gpu import tiles
+from pallas_kernels.attention.mosaic_gpu.blocks import Blocks
 from pallas_kernels.attention.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, LOG2_E, WARPGROUP_ROWS, Ring
 
 BLOCK_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 FLOOR = -1e30  # below every score, and finite: a row whose keys are all hidden so far subtracts it without NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Keys per tile, buffers in a ring, and whether heads are the fastest grid axis."""
-
-    block_k: int = 128
-    stages: int = 2
-    heads_first: bool = True
-
-
 def forward(q, segments, scale: float, blocks: Blocks):
     """o `[B, N, H, D]` and lse `[B, H, N]`."""
     batch, queries, heads, dim = q.shape
     rows = [plans.rows_of(s, queries, BLOCK_Q) for s in segments]
-    tables = [plans.plan_of(r, BLOCK_Q, blocks.block_k) for r in rows]
+    tables = [plans.plan_of(r, BLOCK_Q, blocks.tile) for r in rows]
     q_blocks = pl.cdiv(queries, BLOCK_Q)
     o, lse = plgpu.kernel(
         functools.partial(_kernel, scale=scale, blocks=blocks, groups=heads // segments[0].k.shape[2]),
@@ -48,8 +39,8 @@ def forward(q, segments, scale: float, blocks: Blocks):
         scratch_types=dict(
             q_smem=tiles.tile_scratch((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, dim), q.dtype),
             lse_smem=plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
-            k_ring=tiles.ring_scratch(blocks.stages, (blocks.block_k, dim), q.dtype),
-            v_ring=tiles.ring_scratch(blocks.stages, (blocks.block_k, dim), q.dtype),
+            k_ring=tiles.ring_scratch(blocks.stages, (blocks.tile, dim), q.dtype),
+            v_ring=tiles.ring_scratch(blocks.stages, (blocks.tile, dim), q.dtype),
             q_arrived=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
             turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ),
@@ -94,7 +85,7 @@ def _kernel(
 
             @pl.loop(0, own_steps.count)
             def _step(step, k_ref=k_ref, v_ref=v_ref, own_steps=own_steps, done=done):
-                tile = pl.ds(own_steps.tile(step) * blocks.block_k, blocks.block_k)
+                tile = pl.ds(own_steps.tile(step) * blocks.tile, blocks.tile)
                 for ref, ring in ((k_ref, k_ring), (v_ref, v_ring)):
                     ring.fill(ref.at[batch, tile, lax.div(head, jnp.int32(groups))], done + step)
 
@@ -129,11 +120,11 @@ def _kernel(
                 swap()
                 return acc_ref[...]
 
-            s = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, blocks.block_k), jnp.float32))
+            s = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, blocks.tile), jnp.float32))
             k_ring.release(item)
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], base, s.shape, tile * blocks.block_k), s, -jnp.inf),
+                lambda s: jnp.where(tiles.seen_by(rows[segment], base, s.shape, tile * blocks.tile), s, -jnp.inf),
                 lambda s: s,
                 s,
             )

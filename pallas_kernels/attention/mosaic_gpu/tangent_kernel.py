@@ -8,7 +8,6 @@ the forward pass alone takes two.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -19,17 +18,9 @@ from jax import lax
 
 from pallas_kernels.attention.mosaic_gpu import plan as plans
 from pallas_kernels.attention.mosaic_gpu import tiles
+from pallas_kernels.attention.mosaic_gpu.blocks import Blocks
 from pallas_kernels.attention.mosaic_gpu.forward_kernel import BLOCK_Q, FLOOR
 from pallas_kernels.attention.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, LOG2_E, WARPGROUP_ROWS, Ring
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Keys per tile, buffers in a ring, and whether heads are the fastest grid axis."""
-
-    block_k: int = 64
-    stages: int = 2
-    heads_first: bool = True
 
 
 def forward_tangent(q, segments, scale: float, dq, dsegments, blocks: Blocks):
@@ -45,7 +36,7 @@ def tangent(q, segments, scale: float, o, lse, dq, dsegments, blocks: Blocks):
 def _call(q, segments, scale, dq, dsegments, saved, blocks):
     batch, queries, heads, dim = q.shape
     rows = [plans.rows_of(s, queries, BLOCK_Q) for s in segments]
-    tables = [plans.plan_of(r, BLOCK_Q, blocks.block_k) for r in rows]
+    tables = [plans.plan_of(r, BLOCK_Q, blocks.tile) for r in rows]
     q_blocks = pl.cdiv(queries, BLOCK_Q)
     if saved is not None:
         o, lse = saved
@@ -53,7 +44,7 @@ def _call(q, segments, scale, dq, dsegments, saved, blocks):
         saved = o, jnp.pad(lse, ((0, 0), (0, 0), (0, -queries % BLOCK_Q)))
     row = jax.ShapeDtypeStruct((batch, heads, q_blocks * BLOCK_Q), jnp.float32)
     tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, dim)
-    ring = tiles.ring_scratch(blocks.stages, (blocks.block_k, dim), q.dtype)
+    ring = tiles.ring_scratch(blocks.stages, (blocks.tile, dim), q.dtype)
     result = plgpu.kernel(
         functools.partial(_kernel, scale=scale, blocks=blocks, groups=heads // segments[0].k.shape[2]),
         out_type=(q, row, q, row) if saved is None else (q, row),
@@ -126,7 +117,7 @@ def _kernel(
 
             @pl.loop(0, own_steps.count)
             def _step(step, refs=refs, own_steps=own_steps, before=before):
-                tile = pl.ds(own_steps.tile(step) * blocks.block_k, blocks.block_k)
+                tile = pl.ds(own_steps.tile(step) * blocks.tile, blocks.tile)
                 for name, ref in sorted(refs.items()):
                     rings[name].fill(ref.at[batch, tile, lax.div(head, jnp.int32(groups))], before[name] + step)
 
@@ -172,14 +163,14 @@ def _kernel(
                 swap()
                 return s_ref[...], ds_ref[...]
 
-            shape = WARPGROUP_ROWS, blocks.block_k
+            shape = WARPGROUP_ROWS, blocks.tile
             s, ds = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
             rings["k"].release(item["k"])
             if "dk" in names:
                 rings["dk"].release(item["dk"])
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], base, s.shape, tile * blocks.block_k), s, -jnp.inf),
+                lambda s: jnp.where(tiles.seen_by(rows[segment], base, s.shape, tile * blocks.tile), s, -jnp.inf),
                 lambda s: s,
                 s,
             )
