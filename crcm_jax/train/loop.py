@@ -77,7 +77,7 @@ def run(
     `set_state`. Returns the last state, saved. UserError: the workdir holds another run or only damaged checkpoints, no
     sample's loss was finite for three iterations, a checkpoint could not be written.
     """
-    workdir = Path(workdir).absolute()  # orbax takes no other
+    workdir = Path(workdir)
     with identity.claim(workdir, config, ours=(storage.FOLDER, logging.JSONL)):
         return _run(config, workdir, algorithm, data, init, sampler)
 

@@ -96,19 +96,23 @@ def newest_whole(parent: Path) -> Path | None:
     return None
 
 
+def _arrays(folder: Path) -> Path:
+    return folder.absolute() / "state"  # orbax takes no relative path
+
+
 def write_trees(folder: Path, trees: dict[str, Any]) -> ocp.AsyncResponse:
     """Starts writing; returns once the arrays may be overwritten. `.result()` waits and raises what went wrong."""
-    return ocp.save_checkpointables_async(folder / "state", trees)
+    return ocp.save_checkpointables_async(_arrays(folder), trees)
 
 
 def read_trees(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     """The trees named by `like`, in its shapes, types and shardings."""
-    return ocp.load_checkpointables(folder / "state", like)
+    return ocp.load_checkpointables(_arrays(folder), like)
 
 
 def stored_shapes(folder: Path) -> dict[str, Any]:
     """Every tree of a checkpoint as `jax.ShapeDtypeStruct`s, without reading the arrays."""
-    stored = ocp.checkpointables_metadata(folder / "state").metadata
+    stored = ocp.checkpointables_metadata(_arrays(folder)).metadata
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype)), stored)
 
 

@@ -25,7 +25,7 @@ def find(path: str | Path) -> Path:
 
     UserError, one sentence, if there is nothing there, nothing finished, or nothing undamaged.
     """
-    path = Path(path).absolute()  # orbax takes no other
+    path = Path(path)
     if path.suffix == ".safetensors" and path.is_file():
         return path
     if not path.is_dir():

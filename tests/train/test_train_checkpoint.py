@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,15 @@ def test_weights_alone_go_the_same_way(tmp_path, name, dtype):
     truncate(harmed)
     with pytest.raises(UserError, match="restore it from a copy"):
         load_params(path)
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(Path("run"), 4)
+    assert int(restore(Path("run"))[0].progress.iteration) == 4
+    save_params("teacher", fakes.init_params(), {})
+    for path in ("run", "run/checkpoints/000000004", "teacher"):
+        assert_equal(load_params(path, "params"), fakes.init_params())
 
 
 def test_weights_alone_are_small(tmp_path):
