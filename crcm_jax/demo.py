@@ -32,7 +32,7 @@ SCRATCH = {"train.steps": 3000, "data.batch_size": 64}
 """Settings of the bidirectional stage where the shipped teacher is not used."""
 
 SCHEDULES = {4: (15 / 16, 5 / 6, 5 / 8), 2: (5 / 6,), 1: ()}
-CLIPS, SHOWN = 200, 8
+CLIPS, BATCH, SHOWN = 200, 50, 8
 
 
 class Clock:
@@ -95,7 +95,8 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
     for name, (title, make) in models(folder).items():
         clock.say(f"judging {title}")
         scores[name] = score(make, referee)
-        shown[title] = make(prompts, range(SHOWN))
+        # In a batch of the judge's size, so that nothing is compiled again.
+        shown[title] = make((prompts * BATCH)[:BATCH], range(BATCH))[:SHOWN]
     for title, videos in shown.items():
         write_video(folder / "clips" / f"{title.replace(' ', '_').replace(',', '')}.gif", np.concatenate(videos, 1))
     path = report.write_report(
@@ -138,4 +139,4 @@ def score(make: producer.Producer, referee: Judge) -> dict[str, Any]:
     from tqdm import tqdm
 
     with tqdm(total=CLIPS, unit="clip", desc="judging") as bar:
-        return evaluate(make, referee, progress=lambda done, _: bar.update(done - bar.n))
+        return evaluate(make, referee, batch=BATCH, progress=lambda done, _: bar.update(done - bar.n))
