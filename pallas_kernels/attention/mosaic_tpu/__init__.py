@@ -23,6 +23,8 @@ def unsupported(q, segments, scale):
     dim = q.shape[-1]
     if dim % 16 or dim > 256:
         return f"head dim {dim} is no multiple of 16 up to 256: pad the heads"
+    if scale <= 0:
+        return f"scale {scale} is not positive: negate q instead"
     chip = target()
     if chip is None:
         device = jax.devices()[0]
@@ -68,7 +70,9 @@ def backward(q, segments, scale, o, lse, do, dlse, wanted):
     grads = []
     for segment, want in zip(segments, want_segments):
         built = _built("backward_kv", q, (segment,))
-        grads.append(kernels.backward_kv(q, segment, scale, lse, delta, do, want, *built) if any(want) else (None, None))
+        grads.append(
+            kernels.backward_kv(q, segment, scale, lse, delta, do, want, *built) if any(want) else (None, None)
+        )
     return dq, tuple(grads)
 
 

@@ -102,8 +102,7 @@ def backward_kv(q, segment, scale, lse, delta, do, wanted, chip, blocks):
 
 def _weights(refs, segment, scale):
     """P of a tile, keys × queries; anything where a pair is invisible."""
-    scores = t.dot_nt(refs["k", segment][...], refs["q"][...]) * (scale * t.LOG2E)
-    return jnp.exp2(scores - refs["lse"][...] * t.LOG2E)
+    return t.weights(refs["k", segment][...], refs["q"][...], refs["lse"][...], scale)
 
 
 def _moved_weights(refs, segment):

@@ -38,7 +38,7 @@ def forward(q, segments, scale, chip, blocks, dq=None, dsegments=None):
 
         def visit(segment, masked):
             k, v = refs["k", segment][...], refs["v", segment][...]
-            scores = t.dot_nt(k, refs["q"][...]) * (scale * t.LOG2E)
+            scores = t.dot_nt(k, refs["q"][...])
             if masked:
                 tile = step.inner[segment]
                 seen = t.seen_by(refs["rows"][4 * segment : 4 * segment + 4, :], tile, scores.shape)
@@ -47,8 +47,8 @@ def forward(q, segments, scale, chip, blocks, dq=None, dsegments=None):
             old = refs["top"][...]
             new = jnp.maximum(old, scores.max(axis=0, keepdims=True))
             base = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
-            weights = jnp.exp2(scores - base)
-            fade = jnp.exp2(old - base)
+            weights = t.exp_scaled(scores - base, scale)
+            fade = t.exp_scaled(old - base, scale)
             refs["top"][...] = new
             refs["total"][...] = refs["total"][...] * fade + weights.sum(axis=0, keepdims=True)
             refs["acc"][...] = refs["acc"][...] * fade + t.dot_tn(v, weights)
@@ -76,7 +76,7 @@ def forward(q, segments, scale, chip, blocks, dq=None, dsegments=None):
             safe = jnp.where(total == 0, 1.0, total)
             out = refs["acc"][...] / safe
             refs["o"][...] = out.T.astype(refs["o"].dtype)
-            refs["lse"][...] = jnp.where(total == 0, -jnp.inf, (refs["top"][...] + jnp.log2(safe)) / t.LOG2E)
+            refs["lse"][...] = jnp.where(total == 0, -jnp.inf, refs["top"][...] * scale + jnp.log(safe))
             if with_tangent:
                 mean = refs["mean"][...] * scale / safe
                 refs["do"][...] = (refs["dacc"][...] / safe - mean * out).T.astype(refs["do"].dtype)

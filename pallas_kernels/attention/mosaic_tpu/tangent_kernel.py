@@ -39,10 +39,9 @@ def tangent(q, segments, scale, o, lse, dq, dsegments, chip, blocks):
 
         def visit(segment, masked):
             tile = step.inner[segment]
-            scores = t.dot_nt(refs["k", segment][...], refs["q"][...]) * (scale * t.LOG2E)
-            weights = jnp.exp2(scores - refs["lse"][...] * t.LOG2E)
+            weights = t.weights(refs["k", segment][...], refs["q"][...], refs["lse"][...], scale)
             if masked:
-                seen = t.seen_by(refs["rows"][4 * segment : 4 * segment + 4, :], tile, scores.shape)
+                seen = t.seen_by(refs["rows"][4 * segment : 4 * segment + 4, :], tile, weights.shape)
                 weights = jnp.where(seen, weights, 0.0)
             acc = refs["acc"][...]
             if ("dv", segment) in refs:

@@ -12,7 +12,18 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-LOG2E = math.log2(math.e)
+_LOG2E = math.log2(math.e)
+
+
+def exp_scaled(x, scale: float):
+    """exp(scale · x). Scores keep their own unit until their maximum is subtracted, which costs nothing and spares the
+    largest of them, whose difference is exact, a rounding."""
+    return jnp.exp2(x * (scale * _LOG2E))
+
+
+def weights(k, q, lse, scale: float):
+    """P = exp(S − lse) of a tile, keys × queries, lse `[1, queries]`; anything where a pair is invisible."""
+    return exp_scaled(dot_nt(k, q) - lse * (1 / scale), scale)
 
 
 def seen_by(rows, tile, shape):
