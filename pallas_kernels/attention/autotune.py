@@ -27,8 +27,8 @@ CANDIDATES = tuple(
 
 def autotune(kernel: str, case: Case, candidates=CANDIDATES) -> dict[blocks.Blocks, float]:
     """Milliseconds of `kernel` (a name in the table) at `case` for every candidate that compiles, fastest first."""
-    q, *others = draw(case, jnp.bfloat16).values()
-    dq, *d_others = draw(case, jnp.bfloat16, seed=1).values()
+    inputs, tangents = draw(case, jnp.bfloat16), draw(case, jnp.bfloat16, seed=1)
+    q, others, dq, d_own = inputs["q"], [inputs[name] for name in case.segments], tangents["q"], tangents["own"]
     still = ((None, None),) * (len(others) - 1)
     visible = case.mask.visible(case.queries, case.own, case.context)
     scale = case.dim**-0.5
@@ -39,7 +39,7 @@ def autotune(kernel: str, case: Case, candidates=CANDIDATES) -> dict[blocks.Bloc
         return tuple(Segment(*pair, rows) for pair, rows in zip(others, visible))
 
     def run(q, others, dq, own_tangents, o, lse):
-        tangents = dq, ((own_tangents), *still)
+        tangents = dq, (own_tangents, *still)
         if kernel == "forward":
             return mosaic_gpu.forward(q, segments(others), scale)
         if kernel == "forward_tangent":
@@ -53,7 +53,7 @@ def autotune(kernel: str, case: Case, candidates=CANDIDATES) -> dict[blocks.Bloc
     for candidate in candidates:
         with blocks.trying(kernel, case.dim, candidate):
             try:
-                times[candidate] = milliseconds(lambda *args: run(*args), q, others, dq, d_others[0], o, lse)
+                times[candidate] = milliseconds(lambda *args: run(*args), q, others, dq, d_own, o, lse)
             except ValueError as error:  # does not fit into shared memory
                 print(f"  {kernel} {case.dim} {candidate}: {str(error).splitlines()[0]}", flush=True)
     return dict(sorted(times.items(), key=lambda item: item[1]))

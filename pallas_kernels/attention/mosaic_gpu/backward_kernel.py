@@ -105,8 +105,8 @@ def _dq_kernel(
         q_tile, do_tile = q_smem.at[wg], do_smem.at[wg]
         plgpu.copy_gmem_to_smem(q_ref.at[batch, own_rows, head], q_tile, arrived.at[wg])
         plgpu.copy_gmem_to_smem(do_ref.at[batch, own_rows, head], do_tile, arrived.at[wg])
-        lse = plgpu.load(lse_ref.at[batch, head, own_rows], (), layout=tiles.ROW, optimized=False)
-        delta = plgpu.load(delta_ref.at[batch, head, own_rows], (), layout=tiles.ROW, optimized=False)
+        lse = tiles.load(lse_ref.at[batch, head, own_rows], tiles.ROW, anywhere=True)
+        delta = tiles.load(delta_ref.at[batch, head, own_rows], tiles.ROW, anywhere=True)
         plgpu.barrier_wait(arrived.at[wg])
 
         def body(step, carry, segment, done):
@@ -117,9 +117,9 @@ def _dq_kernel(
 
             def products(s_ref, dp_ref):
                 k_ring.wait(item)
-                plgpu.wgmma(s_ref, q_tile, plgpu.transpose_ref(k_ring[item], (1, 0)))
+                plgpu.wgmma(s_ref, q_tile, k_ring[item].transpose((1, 0)))
                 v_ring.wait(item)
-                plgpu.wgmma(dp_ref, do_tile, plgpu.transpose_ref(v_ring[item], (1, 0)))
+                plgpu.wgmma(dp_ref, do_tile, v_ring[item].transpose((1, 0)))
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=1), dp_ref[...]
 
             s, dp = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
@@ -234,9 +234,9 @@ def _dkv_kernel(
 
             def products(s_ref, dp_ref):
                 q_ring.wait(item)
-                plgpu.wgmma(s_ref, k_tile, plgpu.transpose_ref(q_ring[item], (1, 0)))
+                plgpu.wgmma(s_ref, k_tile, q_ring[item].transpose((1, 0)))
                 do_ring.wait(item)
-                plgpu.wgmma(dp_ref, v_tile, plgpu.transpose_ref(do_ring[item], (1, 0)))
+                plgpu.wgmma(dp_ref, v_tile, do_ring[item].transpose((1, 0)))
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=1), dp_ref[...]
 
             s, dp = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
@@ -248,8 +248,8 @@ def _dkv_kernel(
             )
             lse_ring.wait(item)
             delta_ring.wait(item)
-            lse = plgpu.load(lse_ring[item], (), layout=tiles.COLUMN)
-            delta = plgpu.load(delta_ring[item], (), layout=tiles.COLUMN)
+            lse = tiles.load(lse_ring[item], tiles.COLUMN)
+            delta = tiles.load(delta_ring[item], tiles.COLUMN)
             lse_ring.release(item)
             delta_ring.release(item)
             p = jnp.exp2(s * (scale * LOG2_E) - tiles.by_column(lse, shape))

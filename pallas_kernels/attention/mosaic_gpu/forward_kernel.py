@@ -116,7 +116,7 @@ def _kernel(
             tile = steps[segment].tile(step)
 
             def scores(acc_ref):
-                plgpu.wgmma(acc_ref, q_tile, plgpu.transpose_ref(k_ring[item], (1, 0)))
+                plgpu.wgmma(acc_ref, q_tile, k_ring[item].transpose((1, 0)))
                 swap()
                 return acc_ref[...]
 

@@ -133,7 +133,7 @@ def _kernel(
         plgpu.barrier_wait(q_arrived.at[wg])
         if saved is not None:
             lse_ref = saved[1].at[batch, head, own_rows]
-            saved_top = plgpu.load(lse_ref, (), layout=tiles.ROW, optimized=False) * LOG2_E
+            saved_top = tiles.load(lse_ref, tiles.ROW, anywhere=True) * LOG2_E
 
         def swap():
             plgpu.barrier_arrive(turn)
@@ -153,13 +153,13 @@ def _kernel(
             moving = dq_ref is not None or "dk" in names
 
             def scores(s_ref, ds_ref):
-                keys = plgpu.transpose_ref(rings["k"][item["k"]], (1, 0))
+                keys = rings["k"][item["k"]].transpose((1, 0))
                 plgpu.wgmma(s_ref, q_tile, keys)
                 if dq_ref is not None:
                     plgpu.wgmma(ds_ref, dq_tile, keys)
                 if "dk" in names:
                     rings["dk"].wait(item["dk"])
-                    plgpu.wgmma(ds_ref, q_tile, plgpu.transpose_ref(rings["dk"][item["dk"]], (1, 0)))
+                    plgpu.wgmma(ds_ref, q_tile, rings["dk"][item["dk"]].transpose((1, 0)))
                 swap()
                 return s_ref[...], ds_ref[...]
 
@@ -236,7 +236,7 @@ def _kernel(
         else:
             plgpu.copy_gmem_to_smem(saved[0].at[batch, own_rows, head], q_tile, o_arrived.at[wg])
             plgpu.barrier_wait(o_arrived.at[wg])
-            out = plgpu.load(q_tile, (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            out = tiles.load(q_tile, plgpu.Layout.WGMMA).astype(jnp.float32)
         dq_tile[...] = (moved - tiles.by_row(mean, moved.shape) * out).astype(q_tile.dtype)
         row_smem.at[wg, 1][...] = mean
         if saved is None:

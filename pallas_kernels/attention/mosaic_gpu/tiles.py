@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -16,6 +17,9 @@ COMPUTE_WARPGROUPS = 2
 LOG2_E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for every row of a register tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for every column
+# jax 0.10 wants an index beside the reference, 0.11 warns about one, 0.12 refuses it.
+_BESIDE = inspect.signature(plgpu.load).parameters.get("idx")
+_INDEX = ((),) if _BESIDE is not None and _BESIDE.default is inspect.Parameter.empty else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,11 @@ def grid_of(heads, blocks, batch, heads_first):
     return {"grid": (blocks, heads, batch), "grid_names": ("block", "head", "batch")}
 
 
+def load(ref, layout, anywhere=False):
+    """A reference's content in registers; `anywhere` also from device memory, element by element."""
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=not anywhere)
+
+
 def zeros(shape):
     """A float32 register tile of zeros."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
@@ -98,8 +107,7 @@ def seen_by(rows_ref, base, shape, first_key):
     """Boolean tile: may row `base + i` see key `first_key + j`?"""
     key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     lo1, hi1, lo2, hi2 = (
-        by_row(plgpu.load(rows_ref.at[i, pl.ds(base, shape[0])], (), layout=ROW, optimized=False), shape)
-        for i in range(4)
+        by_row(load(rows_ref.at[i, pl.ds(base, shape[0])], ROW, anywhere=True), shape) for i in range(4)
     )
     return ((key >= lo1) & (key < hi1)) | ((key >= lo2) & (key < hi2))
 
@@ -108,7 +116,6 @@ def seen_from(rows_ref, first_key, shape, base):
     """The same, transposed: may query `base + j` see key `first_key + i`?"""
     key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
     lo1, hi1, lo2, hi2 = (
-        by_column(plgpu.load(rows_ref.at[i, pl.ds(base, shape[1])], (), layout=COLUMN, optimized=False), shape)
-        for i in range(4)
+        by_column(load(rows_ref.at[i, pl.ds(base, shape[1])], COLUMN, anywhere=True), shape) for i in range(4)
     )
     return ((key >= lo1) & (key < hi1)) | ((key >= lo2) & (key < hi2))

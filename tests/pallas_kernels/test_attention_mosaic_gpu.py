@@ -1,0 +1,91 @@
+"""The Hopper kernels without a GPU: they lower at Wan's size, pad what no tile divides, and plan like the mask says."""
+
+import re
+
+import attention_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import mosaic_gpu
+from pallas_kernels.attention.backend import Segment
+from pallas_kernels.attention.mosaic_gpu import blocks, plan
+from pallas_kernels.attention.shapes import SMALL, case
+
+MOVING, STILL = (True, True), (False, False)
+
+
+def test_kernels_lower_for_cuda_without_a_quadratic_buffer():
+    shape = case("tf_target_1")
+    x = jax.ShapeDtypeStruct((1, shape.queries, 2, shape.dim), jnp.bfloat16)
+
+    def run(q, own, context, dq, d_own, g):
+        visible = shape.mask.visible(shape.queries, shape.own, shape.context)
+        segments = tuple(Segment(*pair, rows) for pair, rows in zip((own, context), visible))
+        o, lse = mosaic_gpu.forward(q, segments, 0.1)
+        do, dlse = mosaic_gpu.tangent(q, segments, 0.1, o, lse, dq, (d_own, (None, None)))
+        together = mosaic_gpu.forward_tangent(q, segments, 0.1, dq, (d_own, (None, None)))
+        return do, together, mosaic_gpu.backward(q, segments, 0.1, o, lse, g, dlse, (True, (MOVING, MOVING)))
+
+    lowered = jax.jit(run).trace(x, (x, x), (x, x), x, (x, x), x).lower(lowering_platforms=("cuda",))
+    sizes = [
+        np.prod([int(n) for n in dims.split("x") if n])
+        for dims in re.findall(r"tensor<((?:\d+x)+)", str(lowered.as_text()))
+    ]
+    assert max(sizes) == x.size
+
+
+def test_what_is_not_wanted_is_not_computed():
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((1, 2, 256), jnp.float32)
+
+    def kernels(want_q, *wanted):
+        def run(x, row):
+            segments = (Segment(x, x, None),) * 2
+            return mosaic_gpu.backward(x, segments, 0.1, x, row, x, row, (want_q, wanted))
+
+        return str(jax.make_jaxpr(run)(x, row)).count("custom_vmap_call")
+
+    assert kernels(True, MOVING, MOVING) == 3
+    assert kernels(True, MOVING, STILL) == 2
+    assert kernels(True, STILL, STILL) == 1
+    assert kernels(False, STILL, MOVING) == 1
+
+
+def test_every_kernel_has_measured_blocks():
+    kernels = "forward", "forward_tangent", "tangent", "dq", "dkv"
+    assert set(blocks.table()) == {(kernel, dim) for kernel in kernels for dim in mosaic_gpu.DIMS}
+    with blocks.trying("dq", 64, blocks.Blocks(64, 2)):
+        assert blocks.blocks_for("dq", 64) == blocks.Blocks(64, 2)
+    assert blocks.blocks_for("dq", 64) == blocks.table()["dq", 64]
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda c: c.name)
+def test_the_transposed_plan_visits_what_is_seen(shape):
+    visible = shape.mask.visible(shape.queries, shape.own, shape.context)
+    for name, predicate in oracle.allowed(shape).items():
+        keys = shape.segments[name]
+        segment = Segment(np.zeros((1, keys, 1, 1)), None, getattr(visible, name))
+        rows = plan.rows_of(segment, shape.queries, 128)
+        predicate = np.pad(predicate, ((0, rows.shape[1] - shape.queries), (0, -keys % 128)), mode="edge")
+        predicate[:, keys:] = False
+        for rows_like in (rows, jnp.asarray(rows)):
+            table = np.asarray(plan.transposed_plan_of(rows_like, 64, 128, keys))
+            for block, (first, end, *_, inner, inner_end, _, _) in enumerate(table):
+                tiles = predicate[:, block * 128 : (block + 1) * 128].reshape(-1, 64, 128)
+                seen, whole = tiles.any((1, 2)), tiles.all((1, 2))
+                assert set(np.flatnonzero(seen)) <= set(range(first, end))
+                assert first <= inner <= inner_end <= end and whole[inner:inner_end].all()
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 200), (150, 77), (256, 256)])
+def test_padding_keeps_added_keys_unseen(queries, keys):
+    q, k = jnp.ones((1, queries, 1, 64)), jnp.ones((1, keys, 1, 64))
+    (padded,), (segment,), n = mosaic_gpu._padded((q,), (Segment(k, k, None),))
+    assert n == queries and padded.shape[1] % 8 == segment.k.shape[1] % 8 == 0
+    if segment.rows is None:
+        assert segment.k.shape[1] == keys
+    else:
+        assert segment.rows.shape == (4, padded.shape[1])
+        assert (segment.rows[0] == 0).all() and (segment.rows[1] == keys).all()
