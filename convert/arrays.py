@@ -22,7 +22,7 @@ FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
 
 _EXPONENTS = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 
-_BLOCK = 8 << 20
+_BLOCK = 2 << 20
 """Bytes worked on at once where a whole tensor need not be."""
 
 

@@ -1,5 +1,7 @@
-"""config.json of the PyTorch classes that load our exports: `WanTransformer3DModel` and `AutoencoderKLWan` of diffusers,
-`UMT5EncoderModel` of transformers. The fields are the classes' own arguments.
+"""config.json of the PyTorch classes that load our exports.
+
+These are `WanTransformer3DModel` and `AutoencoderKLWan` of diffusers and `UMT5EncoderModel` of transformers; the fields
+are the classes' own arguments.
 """
 
 from __future__ import annotations

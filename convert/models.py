@@ -31,19 +31,24 @@ class Model:
     name: str
     config: Any
 
-    @functools.cached_property
+    @property
     def leaves(self) -> dict[str, tuple[int, ...]]:
         """Shapes of our leaves, by names like `blocks/ffn/up/kernel`."""
-        import jax
-
-        from crcm_jax.train import storage
-
-        shapes = jax.eval_shape(self.family.network(self.config).init, jax.random.key(0))
-        return {name: tuple(leaf.shape) for name, leaf in storage.leaves(shapes)}
+        return _leaves(self.family.network, self.config)
 
     @property
     def layers(self) -> int:
         return getattr(self.config, "layers", 0)
+
+
+@functools.lru_cache(maxsize=32)
+def _leaves(network: Callable[[Any], Any], config: Any) -> dict[str, tuple[int, ...]]:
+    import jax
+
+    from crcm_jax.train import storage
+
+    shapes = jax.eval_shape(network(config).init, jax.random.key(0))
+    return {name: tuple(leaf.shape) for name, leaf in storage.leaves(shapes)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from convert.arrays import WIDTHS, Spec, raw
 from crcm_jax.errors import UserError
 
 _LONGEST_HEADER = 100 << 20
-_HASH_PLACE = "0" * 64
+PLACEHOLDER = "0" * 64
+"""What `metadata` holds in place of the digest until `Writer.seal`."""
 
 
 class Reader:
@@ -100,7 +101,10 @@ class Writer:
         self._header = text
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         # All of it now, so that a full disk is found before the work.
-        os.posix_fallocate(self._file, 0, 8 + len(text) + end)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file, 0, 8 + len(text) + end)
+        else:
+            os.truncate(self._file, 8 + len(text) + end)
         os.pwrite(self._file, struct.pack("<Q", len(text)) + text, 0)
 
     def write(self, name: str, block: np.ndarray, offset: int) -> None:
@@ -111,16 +115,16 @@ class Writer:
             done = os.pwrite(self._file, view, place)
             view, place = view[done:], place + done
 
-    def seal(self, placeholder: str = _HASH_PLACE) -> None:
-        """Replaces the one `placeholder` in the header by the SHA-256 of the tensors' bytes in the order of names."""
+    def seal(self) -> None:
+        """Replaces `PLACEHOLDER` in the header by the SHA-256 of the tensors' bytes in the order of names."""
         digest = hashlib.sha256()
         for name in sorted(self.specs):
             place, left = self.starts[name], self.specs[name].nbytes
             while left:
-                piece = os.pread(self._file, min(left, 8 << 20), place)
+                piece = os.pread(self._file, min(left, 1 << 20), place)
                 digest.update(piece)
                 place, left = place + len(piece), left - len(piece)
-        at = self._header.index(placeholder.encode())
+        at = self._header.index(PLACEHOLDER.encode())
         os.pwrite(self._file, digest.hexdigest().encode(), 8 + at)
 
     def close(self) -> None:
@@ -134,7 +138,3 @@ class Writer:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-PLACEHOLDER = _HASH_PLACE
-"""What `metadata` holds in place of the digest until `Writer.seal`."""

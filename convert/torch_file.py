@@ -7,11 +7,14 @@ containers and refuses everything else.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -98,6 +101,24 @@ def _give_back(tensor: Any) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), forget)
 
 
+class _Forgetful:
+    """The file that `torch.save` writes; now and then it lets the system forget the pages that were copied."""
+
+    def __init__(self, file: BinaryIO, mapped: mmap.mmap):
+        self._file, self._mapped, self._since = file, mapped, 0
+
+    def write(self, data: Any) -> int:
+        written = self._file.write(data)
+        self._since += written
+        if self._since > 64 << 20 and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+            self._since = 0
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def write(path: Path, parts: Path, starts: Mapping[str, int], specs: Mapping[str, Spec]) -> None:
     """Saves as `torch.save` does a dict of tensors whose bytes lie in file `parts`, at byte `starts[name]` each.
 
@@ -105,12 +126,17 @@ def write(path: Path, parts: Path, starts: Mapping[str, int], specs: Mapping[str
     """
     torch = _torch()
     state = {}
-    for name, spec in specs.items():
-        elements = int(np.prod(spec.shape, dtype=np.int64))
-        carrier = np.dtype(_CARRIERS[WIDTHS[spec.dtype]])
-        if elements:
-            array = np.memmap(parts, carrier, "c", offset=starts[name], shape=(elements,))
-        else:
-            array = np.zeros(0, carrier)
-        state[name] = torch.from_numpy(array).view(getattr(torch, _NAMES[spec.dtype])).reshape(spec.shape)
-    torch.save(state, path)
+    with open(parts, "rb") as source, open(path, "wb") as target:
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        for name, spec in specs.items():
+            carrier = np.dtype(_CARRIERS[WIDTHS[spec.dtype]])
+            elements = int(np.prod(spec.shape, dtype=np.int64))
+            array = np.frombuffer(mapped, carrier, elements, starts[name]) if elements else np.zeros(0, carrier)
+            with warnings.catch_warnings():
+                # Nobody writes into these tensors.
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                tensor = torch.from_numpy(array)
+            state[name] = tensor.view(getattr(torch, _NAMES[spec.dtype])).reshape(spec.shape)
+        torch.save(state, _Forgetful(target, mapped))
+        target.flush()
+        os.fsync(target.fileno())
