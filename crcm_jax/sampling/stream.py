@@ -101,6 +101,8 @@ def stream(
     guided = guidance > 1 and uncond is not None
     if guided:
         cond = jax.tree.map(lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape)]), cond, uncond)
+    if hasattr(network, "prepare"):
+        cond = _prepared(network, params, cond)
     cache = network.init_cache(shape[0] * (1 + guided), shape[1:4])
     plan = solver.plan
 
@@ -160,6 +162,12 @@ def _chunk(network, guided, few, noisy, guidance, params, x, z, times, n, cond, 
         return advance(n - 1, x, merge(v)), cache
     x = step(n - 1, x)
     return x, network.append(params, double(x), at(0.0), cond, cache, chunk=chunk)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepared(network, params, cond):
+    """The condition with everything done to it that all chunks and steps would otherwise repeat."""
+    return network.prepare(params, cond)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(6,))

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention import Full, Mask, attention
+from crcm_jax.models.wan.split_attention import attend_cached
+from pallas_kernels.attention import Cached, Full, Mask, attention
 
 
 def wide(dtype) -> jnp.dtype:
@@ -31,7 +32,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         dtype = self.dtype
-        return jnp.dot(x.astype(dtype), self.kernel[...].astype(dtype)) + self.bias[...].astype(dtype)
+        # Float32 means float32 here: on GPUs and TPUs the default would round the factors to 10 or 8 bits.
+        precision = jax.lax.Precision.HIGHEST if dtype.itemsize >= 4 else None
+        y = jnp.dot(x.astype(dtype), self.kernel[...].astype(dtype), precision=precision)
+        return y + self.bias[...].astype(dtype)
 
 
 class Mlp(nnx.Module):
@@ -127,7 +131,10 @@ class Attention(nnx.Module):
 
     def attend(self, x, q, k, v, *, context=None, mask: Mask):
         """Output projection of the attention of q over k, v (and the context's keys and values); shaped like x."""
-        out = attention(q, k, v, context=context, mask=mask, implementation=self.implementation)
+        if isinstance(mask, Cached):
+            out = attend_cached(q, k, v, context, mask, self.implementation)
+        else:
+            out = attention(q, k, v, context=context, mask=mask, implementation=self.implementation)
         return self.o(checkpoint_name(out.reshape(*x.shape[:-1], -1), "attention"))
 
     def text_keys(self, text):
