@@ -1,0 +1,182 @@
+"""Self-forcing: what each chunk is generated from, what is cached of it, and that replaying is differentiating."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from crcm_jax import flow
+from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models.base import Condition
+from crcm_jax.objectives.sf_dmd import Scores, sf_dmd, sf_dmd_replayed
+from crcm_jax.rollout import over_chunks, rollout
+from crcm_jax.schedule import MID_TIMES, StepPlan
+
+FRAMES, SINGLE = 5, ChunkPattern(1, 1)
+SHAPE = (2, FRAMES, 1, 1, 3)
+TWO_STEP = {"steps": (4, 2), "times": (MID_TIMES, (5 / 6,))}
+
+
+class Memory:
+    """A network whose cache is what it was given: frames and times. v = a·x + b·t + c·(mean of earlier frames)."""
+
+    def __init__(self, chunks):
+        self.chunks = chunks
+
+    def init_cache(self, batch, latent_shape, dtype=None):
+        return {"x": jnp.zeros((batch, *SHAPE[1:])), "t": jnp.full((batch, FRAMES), -1.0)}
+
+    def velocity(self, params, x, t, cond, *, cache, chunk):
+        earlier = jnp.arange(FRAMES) < self.chunks.start(chunk)
+        past = jnp.sum(cache["x"] * flow.expand(earlier[None], x), 1, keepdims=True) / FRAMES
+        return params["a"] * x + params["b"] * flow.expand(t, x) + params["c"] * past
+
+    def append(self, params, x, t, cond, cache, *, chunk):
+        new = {"x": x, "t": jnp.broadcast_to(t, x.shape[:2])}
+        start = self.chunks.start(chunk)
+        return {n: jax.lax.dynamic_update_slice_in_dim(cache[n], new[n].astype(cache[n].dtype), start, 1) for n in new}
+
+
+PARAMS = {"a": jnp.asarray(0.7), "b": jnp.asarray(-0.3), "c": jnp.asarray(0.5)}
+
+
+def run(plan, steps, chunks=SINGLE, params=PARAMS, seed=0):
+    return rollout(
+        Memory(chunks), params, Condition(text=jnp.zeros((2, 1, 1))), jax.random.key(seed), plan, steps, SHAPE, chunks
+    )
+
+
+def test_exit_times_of_a_truncated_schedule():
+    """Per-chunk steps [4, 2, 2, 2, 2]: min(N, m_b) steps, the last listed time is where x0 is read off (spec 11)."""
+    plan = StepPlan(**TWO_STEP)
+    expected = {
+        1: [1, 1, 1, 1, 1],
+        2: [15 / 16, 5 / 6, 5 / 6, 5 / 6, 5 / 6],
+        3: [5 / 6, 5 / 6, 5 / 6, 5 / 6, 5 / 6],
+        4: [5 / 8, 5 / 6, 5 / 6, 5 / 6, 5 / 6],
+    }
+    jitted = jax.jit(lambda steps: run(plan, steps).times)
+    for steps, times in expected.items():
+        np.testing.assert_allclose(jitted(steps), times, rtol=1e-7)  # float32 times
+    for counter, steps in ((0, 1), (3, 4), (4, 1)):
+        assert plan.simulated_steps(counter) == steps
+    uneven = run(plan, 4, ChunkPattern(1, 4)).times
+    np.testing.assert_allclose(uneven, [5 / 8, 5 / 6, 5 / 6, 5 / 6, 5 / 6], rtol=1e-7)
+
+
+def test_the_last_step_makes_the_sample():
+    """samples = inputs − t·v(inputs, t; cache), and each input is (1−t)·x0 of the step before plus t·noise."""
+    done = run(StepPlan(), 2)
+    past = np.cumsum(np.concatenate([np.zeros((2, 1, 1, 1, 3)), done.cache["x"][:, :-1]], 1), 1) / FRAMES
+    t = np.asarray(done.times)[None, :, None, None, None]
+    v = 0.7 * done.inputs - 0.3 * t + 0.5 * past
+    np.testing.assert_allclose(done.samples, done.inputs - t * v, atol=1e-6)
+    # One step starts from unit noise at t = 1 exactly; the second re-noises its prediction with fresh noise.
+    first = run(StepPlan(), 1)
+    assert (np.asarray(first.times) == 1).all()
+    fresh = (np.asarray(done.inputs)[:, 0] - (1 - 15 / 16) * np.asarray(first.samples)[:, 0]) / (15 / 16)
+    assert not np.allclose(fresh, first.inputs[:, 0])
+    noise = np.concatenate([fresh.ravel(), np.asarray(first.inputs).ravel()])
+    assert 0.5 < noise.std() < 1.5
+
+
+def test_a_seed_does_not_depend_on_the_chunk_pattern():
+    """Noises are full clips, cut by frame (spec 10, 30)."""
+    np.testing.assert_array_equal(run(StepPlan(), 1).inputs, run(StepPlan(), 1, ChunkPattern(1, 2)).inputs)
+
+
+def test_context_is_clean_by_default():
+    """Case a: x0 at t = 0."""
+    done = run(StepPlan(), 3)
+    np.testing.assert_array_equal(done.cache["x"], done.samples)
+    np.testing.assert_array_equal(done.cache["t"], np.zeros((2, FRAMES)))
+
+
+def test_noisy_context():
+    """Case b, the full schedule: the last step's own input and time. Case c, a truncated one: x0 noised afresh to the
+    last time of the chunk's full schedule. Chunks before the start stay clean."""
+    plan = StepPlan(**TWO_STEP, noisy_context=True, context_start=1)
+    last = np.float32([0, 5 / 6, 5 / 6, 5 / 6, 5 / 6])
+    full = run(plan, 4)
+    np.testing.assert_array_equal(full.cache["t"], np.tile(last, (2, 1)))
+    np.testing.assert_array_equal(full.cache["x"][:, 1:], full.inputs[:, 1:])
+    np.testing.assert_array_equal(full.cache["x"][:, 0], full.samples[:, 0])
+
+    short = run(plan, 1)
+    np.testing.assert_array_equal(short.cache["t"], np.tile(last, (2, 1)))
+    np.testing.assert_array_equal(short.cache["x"][:, 0], short.samples[:, 0])
+    noise = (np.asarray(short.cache["x"]) - (1 - 5 / 6) * np.asarray(short.samples))[:, 1:] / (5 / 6)
+    assert 0.6 < noise.std() < 1.4, "unit noise, 24 draws"
+    assert abs(np.corrcoef(noise.ravel(), np.asarray(short.inputs)[:, 1:].ravel())[0, 1]) < 0.6, "and fresh"
+    # A chunk with a single step has an empty schedule: it is cached as it came in, at t = 1.
+    single = run(StepPlan((4, 1), (MID_TIMES, ()), noisy_context=True), 4)
+    np.testing.assert_array_equal(single.cache["t"][0], np.float32([5 / 8, 1, 1, 1, 1]))
+
+
+def test_only_last_steps_are_differentiable():
+    """The gradient of Σ samples by hand: per chunk −t·Σ(∂v/∂params), with inputs and cache held fixed."""
+
+    def total(params):
+        return jnp.sum(run(StepPlan(), 3, params=params).samples)
+
+    done, grads = run(StepPlan(), 3), jax.grad(total)(PARAMS)
+    t = np.asarray(done.times)[None, :, None, None, None]
+    past = np.cumsum(np.concatenate([np.zeros((2, 1, 1, 1, 3)), done.cache["x"][:, :-1]], 1), 1) / FRAMES
+    expected = {"a": -t * done.inputs, "b": -t * t * np.ones(SHAPE), "c": -t * past}
+    for name, value in expected.items():
+        np.testing.assert_allclose(grads[name], value.sum(), rtol=1e-5)  # float32 sums of 30 terms
+
+
+def test_over_chunks_visits_every_frame_once():
+    """In order, with the chunk's index, for equal and unequal first chunks."""
+    for pattern in (ChunkPattern(1, 1), ChunkPattern(2, 2), ChunkPattern(2, 4), ChunkPattern(6, 3)):
+        body = lambda carry, chunk, x: (carry * 10 + chunk, x + 100 * chunk)  # noqa: E731
+        carry, y = over_chunks(pattern, 6, body, jnp.zeros((), jnp.int32), jnp.arange(6))
+        np.testing.assert_array_equal(y, np.arange(6) + 100 * pattern.index(6))
+        expected = 0
+        for chunk in range(pattern.count(6)):
+            expected = expected * 10 + chunk
+        assert int(carry) == expected
+
+
+def test_replaying_is_differentiating(x64):
+    """Loss and every parameter's gradient, for one step and the full schedule, with unequal weights of the samples."""
+    plan = StepPlan(**TWO_STEP, noisy_context=True, context_start=1)
+    pattern = ChunkPattern(1, 2)
+    student, score = tiny.wan(pattern, "float64", layers=1), tiny.wan(None, "float64", layers=1)
+    params, real, fake = (tiny.parameters(n, s, np.float64) for n, s in ((student, 0), (score, 1), (score, 2)))
+    batch = {"latents": tiny.latents(3, 2, 3, np.float64)}
+    cond, uncond = tiny.condition(dtype=np.float64), tiny.condition(8, dtype=np.float64)
+    options = {"uncond": uncond, "plan": plan, "chunks": pattern, "guidance": 3.0, "scale": 0.7}
+    options["scores"] = Scores(score, real, score, fake)
+    weights, key = jnp.array([0.3, 1.7]), jax.random.key(5)
+
+    @tiny.jit
+    def direct(params, updates):
+        def loss(params):
+            losses, metrics = sf_dmd(student, params, batch, cond, key, updates=updates, **options)
+            return jnp.sum(weights * losses), (losses, metrics)
+
+        grads, aux = jax.grad(loss, has_aux=True)(params)
+        return aux, grads
+
+    @tiny.jit
+    def replayed(params, updates):
+        return sf_dmd_replayed(student, params, batch, cond, key, weights, updates=updates, **options)
+
+    norms = []
+    for updates in (0, 3):
+        (losses, metrics), grads = direct(params, updates)
+        (other, _), others = replayed(params, updates)
+        np.testing.assert_allclose(losses, other, rtol=1e-12)
+        # The loss is ‖G‖²·scale: x − (x − G).
+        np.testing.assert_allclose(losses, 0.7 * metrics["dmd_norm"] ** 2, rtol=1e-9)
+        largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            other = others
+            for k in path:
+                other = other[k.key]
+            assert float(jnp.abs(g - other).max()) < 1e-12 * largest, path
+            assert float(jnp.abs(g).max()) > 0, path
+        norms.append(largest)
+    assert norms[0] != norms[1]
