@@ -1,0 +1,148 @@
+"""Samplers of the whole clip at once, for bidirectional networks: Euler and UniPC (spec: Causal-rCM section 6.4).
+
+Times decrease from near 1 to exactly 0, the last step landing there. In flow time α = 1 − t and σ = t; UniPC works in
+λ = log(α/σ) with the predictions of x0, m = x − t·v. Everything that depends on times alone is worked out on the host
+in float64, so that the device sees a short table of coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crcm_jax import flow
+from crcm_jax.models.base import Condition, Network
+from crcm_jax.models.guidance import guided_velocity
+from crcm_jax.schedule import decreasing, multi_step
+
+SOLVERS = ("unipc", "euler")
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+"""(latents, scalar time) → velocity, in at least float32."""
+
+
+def teacher_times(steps: int = 50, s: float = 5.0, sigma_max: float = 5000.0) -> tuple[float, ...]:
+    """steps+1 times from σmax/(σmax+1) to 0, with the teacher's defaults."""
+    return multi_step(steps, s, sigma_max)
+
+
+def euler(velocity: Velocity, x: jax.Array, times: Sequence[float]) -> jax.Array:
+    """Euler steps of dx/dt = v along `times`. x: noise, not scaled."""
+    times = jnp.asarray(times, jnp.float32)
+
+    def step(i, x):
+        return flow.euler(x, velocity(x, times[i]), times[i], times[i + 1])
+
+    return jax.lax.fori_loop(0, len(times) - 1, step, x)
+
+
+class _Row(NamedTuple):
+    """Coefficients of one step: the correction on entering it, then the prediction of the next sample.
+
+    corrected = `keep`·x_before + Σ `correct`·(m_now, m_1, m_2), where m_1 is the prediction one step before;
+    predicted = `carry`·x + Σ `predict`·(m_now, m_1).
+    """
+
+    keep: np.ndarray
+    correct: np.ndarray
+    carry: np.ndarray
+    predict: np.ndarray
+
+
+def unipc_table(times: Sequence[float]) -> _Row:
+    """The coefficients of second-order UniPC (bh2, predicting x0) along decreasing `times` that end in 0.
+
+    The first step is of order one for want of history, the last one is forced to it and returns the prediction of x0. A
+    corrector has the order of the predictor before it. The first row's correction is the identity and is not used.
+    ValueError if the times do not decrease to 0.
+    """
+    times = decreasing(times)
+    if times[-1] != 0 or times[0] >= 1 or len(times) < 2:
+        raise ValueError(f"UniPC's times must start below 1 and end in 0, not run from {times[0]} to {times[-1]}")
+    n = len(times) - 1
+    # As the network gets them: near 1, what float32 leaves of 1 − t decides λ.
+    t = np.asarray(times, np.float32).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        λ = np.log1p(-t) - np.log(t)
+    rows = _Row(np.zeros(n), np.zeros((n, 3)), np.zeros(n), np.zeros((n, 2)))
+    order = [1 if i == 0 or i == n - 1 else 2 for i in range(n)]
+    for i in range(n):
+        if i:
+            rows.keep[i], rows.correct[i] = _corrector(t, λ, i, order[i - 1])
+        rows.carry[i], rows.predict[i] = _predictor(t, λ, i, order[i])
+    return rows
+
+
+def _predictor(t, λ, i, order):
+    """From t_i to t_{i+1}: how much of the sample stays, and the weights of (m_i, m_{i−1})."""
+    now, after = t[i], t[i + 1]
+    if after == 0:
+        return 0.0, np.array([1.0, 0.0])
+    b = math.expm1(-(λ[i + 1] - λ[i]))
+    weights = np.array([-(1 - after) * b, 0.0])
+    if order == 2:
+        half = -(1 - after) * b * 0.5 / ((λ[i - 1] - λ[i]) / (λ[i + 1] - λ[i]))
+        weights += [-half, half]
+    return after / now, weights
+
+
+def _corrector(t, λ, i, order):
+    """The sample at t_i again: how much of the one at t_{i−1} stays, and the weights of (m_i, m_{i−1}, m_{i−2})."""
+    before, now = t[i - 1], t[i]
+    h = λ[i] - λ[i - 1]
+    b = math.expm1(-h)
+    scale = -(1 - now) * b
+    if order == 1:
+        return now / before, scale * np.array([0.5, 0.5, 0.0])
+    r = (λ[i - 2] - λ[i - 1]) / h
+    q = -h
+    c1 = b / q - 1
+    c2 = c1 / q - 0.5
+    ρ1, ρ2 = np.linalg.solve(np.array([[1.0, 1.0], [r, 1.0]]), np.array([c1, 2 * c2]) / b)
+    return now / before, scale * np.array([ρ2, 1 - ρ2 - ρ1 / r, ρ1 / r])
+
+
+def unipc(velocity: Velocity, x: jax.Array, times: Sequence[float]) -> jax.Array:
+    """Second-order UniPC along `times` (see `unipc_table`), one evaluation a step. x: noise, not scaled.
+
+    A prediction is not worked out again after the correction of its sample.
+    """
+    rows = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), unipc_table(times))
+    times = jnp.asarray(times, jnp.float32)
+
+    def step(i, state):
+        x, before, m1, m2 = state
+        m = flow.to_clean(x, velocity(x, times[i]), times[i])
+        keep, (a, b, c) = rows.keep[i], rows.correct[i]
+        x = jnp.where(i > 0, keep * before + a * m + b * m1 + c * m2, x)
+        after = rows.carry[i] * x + rows.predict[i, 0] * m + rows.predict[i, 1] * m1
+        return after, x, m, m1
+
+    zeros = jnp.zeros_like(x)
+    return jax.lax.fori_loop(0, len(times) - 1, step, (x, zeros, zeros, zeros))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("network", "times", "solver", "guidance"))
+def generate_whole(
+    network: Network, params, cond: Condition, noise: jax.Array, *, times: tuple[float, ...], solver: str = "unipc",
+    uncond: Condition | None = None, guidance: float = 5.0,
+) -> jax.Array:  # fmt: skip
+    """Latents of whole clips from a bidirectional network's probability-flow ODE.
+
+    noise: `[batch, frame, height, width, channel]`, unit variance; times: for example `teacher_times()`; guidance: as
+    in `models.guidance`. ValueError for an unknown solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
+
+    def velocity(x, t):
+        v = guided_velocity(network, params, x, jnp.broadcast_to(t, (1, 1)), cond, uncond, guidance)
+        return v.astype(x.dtype)
+
+    return {"unipc": unipc, "euler": euler}[solver](velocity, noise, times)
