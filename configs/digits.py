@@ -59,8 +59,9 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     )  # fmt: skip
 
     b1 = 0.9 if diffusion else 0.0
+    lr = 1e-3 if diffusion else 1e-4
     c.optim = ConfigDict(
-        {"lr": 1e-3 if diffusion else 3e-4, "b1": b1, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
+        {"lr": lr, "b1": b1, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
          "warmup": 20, "grad_clip": 1.0 if diffusion else 0.0, "accumulate": 1}
     )  # fmt: skip
     c.critic_optim = ConfigDict(

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
+from crcm_jax.errors import UserError
 from crcm_jax.evaluate import producer, report
 from crcm_jax.evaluate.run import Judge, evaluate, heldout_prompts, judge, real_clips, write_json
 from crcm_jax.evaluate.video import write_video
@@ -84,7 +85,9 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
     stages = {"bidirectional": SCRATCH, **STAGES} if from_scratch else STAGES
     for number, (training, changes) in enumerate(stages.items(), 1):
         clock.say(f"stage {number} of {len(stages)}: {training}")
-        train(stage_config(training, folder, changes), folder / training)
+        config = stage_config(training, folder, changes)
+        if int(train(config, folder / training).progress.iteration) < config.train.steps:
+            raise UserError("the demo was stopped: the same command goes on from here")
 
     clock.say("training the judge: a classifier of real digits")
     config = stage_config("tf", folder, STAGES["tf"])
