@@ -27,8 +27,8 @@ def unsupported(q, segments, scale):
         return f"scale {scale} is not positive: negate q instead"
     chip = target()
     if chip is None:
-        device = jax.devices()[0]
-        return f"it needs a TPU of one of the kinds {', '.join(c.name for c in CHIPS)}, and the device is {device.device_kind}"
+        names = ", ".join(c.name for c in CHIPS)
+        return f"it needs a TPU ({names}), and the default device is {jax.devices()[0].device_kind}"
     for kernel in KERNELS:
         blocks = blocks_for(kernel, chip, q, segments)
         keys = [s.k.shape[1] for s in segments]

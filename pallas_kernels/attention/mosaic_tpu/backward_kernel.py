@@ -52,7 +52,7 @@ def backward_q(q, segments, scale, lse, delta, do, chip, blocks):
         def _():
             refs["dq"][...] = (refs["acc"][...] * scale).T.astype(refs["dq"].dtype)
 
-    return launch.run(body)["dq"]
+    return launch.run(body, [3] * len(segments))["dq"]
 
 
 def backward_kv(q, segment, scale, lse, delta, do, wanted, chip, blocks):
@@ -96,7 +96,7 @@ def backward_kv(q, segment, scale, lse, delta, do, wanted, chip, blocks):
                 total = refs[f"{name}_sum"][...] * (scale if name == "dk" else 1.0)
                 refs[name][...] = total.astype(refs[name].dtype)
 
-    results = launch.run(body)
+    results = launch.run(body, [1 + ("dv" in names) + 2 * ("dk" in names)])
     return results.get("dk"), results.get("dv")
 
 

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.mosaic_tpu import tiles as t
 from pallas_kernels.attention.mosaic_tpu.launch import by_queries
-from pallas_kernels.attention.mosaic_tpu.tangent_kernel import moved_scores, read_tangents
+from pallas_kernels.attention.mosaic_tpu.tangent_kernel import moved_scores, read_tangents, tangent_products
 
 
 def forward(q, segments, scale, chip, blocks, dq=None, dsegments=None):
@@ -82,5 +82,6 @@ def forward(q, segments, scale, chip, blocks, dq=None, dsegments=None):
                 refs["do"][...] = (refs["dacc"][...] / safe - mean * out).T.astype(refs["do"].dtype)
                 refs["dlse"][...] = mean
 
-    results = launch.run(body)
+    tangents = tangent_products(dq, dsegments) if with_tangent else [0] * len(segments)
+    results = launch.run(body, [2 + n for n in tangents])
     return tuple(results[name] for name in (("o", "lse", "do", "dlse") if with_tangent else ("o", "lse")))

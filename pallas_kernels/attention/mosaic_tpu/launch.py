@@ -32,10 +32,11 @@ class Step(NamedTuple):
 class Launch:
     """Collects a kernel's arrays by name, then runs it. Made by `by_queries` and `by_keys`."""
 
-    def __init__(self, name, chip: Chip, blocks: Blocks, plan, q, segments, grid, at_queries, at_keys):
+    def __init__(self, name, chip: Chip, blocks: Blocks, plan, q, segments, grid, at_queries, at_keys, loads):
         self.name, self.chip, self.blocks, self.plan, self.grid = name, chip, blocks, plan, grid
         self.batch, self.queries, self.heads, self.dim = q.shape
-        self.at_queries, self.at_keys = at_queries, at_keys
+        self.at_queries, self.at_keys, self.loads = at_queries, at_keys, loads
+        self.traffic = 0  # HBM bytes for one head of one batch entry
         self.inputs: dict[Any, tuple] = {}
         self.outputs: dict[Any, tuple] = {}
         self.scratch: dict[Any, tuple[int, ...]] = {}
@@ -43,10 +44,15 @@ class Launch:
         spec = pl.BlockSpec((len(rows), blocks.q), lambda *args: (0, at_queries(*args)[2]))
         self.inputs["rows"] = spec, rows
 
+    def _count(self, side, tokens, dtype):
+        """Adds the traffic of an array: how often its blocks `[tokens, D]` move. side: "queries" or a segment."""
+        self.traffic += self.loads[side] * tokens * self.dim * jnp.dtype(dtype).itemsize
+
     def read_queries(self, **arrays):
         """Arrays `[B, N, H, D]`, by name."""
         for name, x in arrays.items():
             self.inputs[name] = _spec(self.blocks.q, self.dim, self.at_queries), _view(x)
+            self._count("queries", self.blocks.q, x.dtype)
 
     def read_vectors(self, **arrays):
         """Arrays `[B, H, N]`, by name."""
@@ -57,11 +63,13 @@ class Launch:
         """Arrays `[B, M, Hkv, D]`, by (name, segment)."""
         for name, x in arrays.items():
             self.inputs[name, segment] = _spec(self.blocks.k, self.dim, self.at_keys[segment]), _view(x)
+            self._count(segment, self.blocks.k, x.dtype)
 
     def write_queries(self, name, dtype):
         """A result `[B, N, H, D]`."""
         shape = self.batch, self.queries, self.heads, self.dim
         self.outputs[name] = _spec(self.blocks.q, self.dim, self.at_queries), _viewed(shape, dtype), self._unview
+        self._count("queries", self.blocks.q, dtype)
 
     def write_vector(self, name):
         """A result `[B, H, N]` in float32."""
@@ -72,13 +80,17 @@ class Launch:
         """A result of the shape and dtype of keys `[B, M, Hkv, D]`, of segment 0."""
         spec = _spec(self.blocks.k, self.dim, self.at_keys[0])
         self.outputs[name] = spec, _viewed(like.shape, like.dtype), self._unview
+        self._count(0, self.blocks.k, like.dtype)
 
     def keep(self, **shapes):
         """Accumulators in float32, by name."""
         self.scratch |= shapes
 
-    def run(self, body) -> dict[Any, jax.Array]:
-        """Runs `body(refs, step)` over the grid, refs by name; returns the results by name."""
+    def run(self, body, products) -> dict[Any, jax.Array]:
+        """Runs `body(refs, step)` over the grid, refs by name; returns the results by name.
+
+        products: matrix products a tile takes, by segment; what XLA is told the kernel costs follows from it.
+        """
         names = [*self.inputs, *self.outputs, *self.scratch]
         segments = len(self.plan.tiles)
 
@@ -104,14 +116,25 @@ class Launch:
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in self.scratch.values()],
             ),
             out_shape=out_shape,
+            cost_estimate=self._cost(products),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(self.grid) - 2),
-                vmem_limit_bytes=self.chip.vmem * 3 // 4,
+                vmem_limit_bytes=self.chip.vmem_limit,
             ),
             interpret=self.chip is INTERPRETER,
             name=self.name,
         )(self.plan.codes, *self.plan.tiles, *inputs)
         return {name: finish(x) for name, finish, x in zip(self.outputs, finishers, results)}
+
+    def _cost(self, products):
+        heads = self.batch * self.grid[1]
+        tiles = [steps * (self.grid[3] if len(self.grid) == 4 else 1) * heads for steps in self.plan.steps]
+        pairs = self.blocks.q * self.blocks.k
+        return pl.CostEstimate(
+            flops=sum(2 * n * count * pairs * self.dim for n, count in zip(products, tiles)),
+            bytes_accessed=self.traffic * heads,
+            transcendentals=sum(tiles) * pairs,
+        )
 
     def _unview(self, x):
         """The inverse of `_view`."""
@@ -140,7 +163,9 @@ def by_queries(name, chip, blocks, q, segments) -> Launch:
         return lambda b, h, step, codes, *tiles: (b, lax.div(h, groups), tiles[segment][step])
 
     at_keys = [at_keys(number) for number in range(len(segments))]
-    return Launch(name, chip, blocks, plan, q, segments, (batch, heads, plan.count), at_queries, at_keys)
+    loads = {"queries": -(-queries // blocks.q)} | dict(enumerate(plan.loads))
+    grid = batch, heads, plan.count
+    return Launch(name, chip, blocks, plan, q, segments, grid, at_queries, at_keys, loads)
 
 
 def by_keys(name, chip, blocks, q, segment) -> Launch:
@@ -157,7 +182,8 @@ def by_keys(name, chip, blocks, q, segment) -> Launch:
         return b, h, codes[step] >> plans.OUTER_SHIFT
 
     grid = batch, kv_heads, plan.count, groups
-    return Launch(name, chip, blocks, plan, q, (segment,), grid, at_queries, [at_keys])
+    loads = {"queries": plan.loads[0] * groups, 0: -(-segment.k.shape[1] // blocks.k)}
+    return Launch(name, chip, blocks, plan, q, (segment,), grid, at_queries, [at_keys], loads)
 
 
 def _view(x):

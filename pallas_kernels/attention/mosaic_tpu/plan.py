@@ -24,15 +24,20 @@ MAX_STEPS = 1 << 15  # three words each: 384 KiB of the 1 MiB of scalar memory
 class Plan(NamedTuple):
     """Steps, outer tile by outer tile.
 
-    codes: int32 `[steps]`, the outer tile's number above the bits. tiles: per segment, int32 `[steps]`, the inner tile to hold: in
-    steps of another segment the one it read last, so that nothing is loaded. count: steps to run, an int or, with a
-    traced mask, a traced int32. kinds: the (segment, masked) pairs that can occur.
+    codes: int32 `[steps]`, the outer tile's number above the bits.
+    tiles: per segment, int32 `[steps]`, the inner tile to hold: in steps of another segment the one it read last, so
+      that nothing is loaded.
+    count: steps to run, an int or, with a traced mask, a traced int32.
+    kinds: the (segment, masked) pairs that can occur.
+    steps, loads: per segment, how many steps read it and how often the tile changes; upper bounds with a traced mask.
     """
 
     codes: Any
     tiles: tuple[Any, ...]
     count: Any
     kinds: tuple[tuple[int, bool], ...]
+    steps: tuple[int, ...]
+    loads: tuple[int, ...]
 
 
 def rows_of(segment, queries: int):
@@ -112,4 +117,9 @@ def _flatten(xp, seen, whole, tiles):
         for edge in (False, True)
         if xp is jnp or ((segment == number) & (masked == edge)).any()
     )
-    return Plan(codes.astype(np.int32), tuple(held), count, kinds)
+    if xp is np:
+        steps = tuple(int((segment == number).sum()) for number in range(len(tiles)))
+        loads = tuple(1 + int((np.diff(h) != 0).sum()) for h in held)
+    else:
+        steps = loads = tuple(seen.shape[0] * n for n in tiles)
+    return Plan(codes.astype(np.int32), tuple(held), count, kinds, steps, loads)

@@ -66,7 +66,7 @@ def tangent(q, segments, scale, o, lse, dq, dsegments, chip, blocks):
             refs["do"][...] = (refs["acc"][...] - mean * out).T.astype(refs["do"].dtype)
             refs["dlse"][...] = mean
 
-    results = launch.run(body)
+    results = launch.run(body, [1 + n for n in tangent_products(dq, dsegments)])
     return results["do"], results["dlse"]
 
 
@@ -76,6 +76,12 @@ def read_tangents(launch, dq, dsegments):
         launch.read_queries(dq=dq)
     for number, (dk, dv) in enumerate(dsegments):
         launch.read_keys(number, **{name: x for name, x in (("dk", dk), ("dv", dv)) if x is not None})
+
+
+def tangent_products(dq, dsegments):
+    """Matrix products a tile of each segment takes for its tangents, on top of those for its weights."""
+    moves = [(dq is not None) + (dk is not None) for dk, _ in dsegments]
+    return [n + (n > 0) + (dv is not None) for n, (_, dv) in zip(moves, dsegments)]
 
 
 def moved_scores(refs, segment):

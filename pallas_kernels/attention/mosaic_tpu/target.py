@@ -18,7 +18,7 @@ class Chip:
     """One kind of TPU, per device as JAX counts them: a v5p chip is one device of two cores, a tpu7x chip is two.
 
     name: as in topology names. kinds: the `device_kind` strings. flops: bfloat16 matrix FLOP/s. bandwidth: HBM bytes/s.
-    vmem: bytes of VMEM a core has. Source: `jax.experimental.pallas.tpu.get_tpu_info`, which multiplies by cores.
+    vmem: bytes of VMEM that a core has. Source: `jax.experimental.pallas.tpu.get_tpu_info_for_chip`, times cores.
     """
 
     name: str
@@ -27,6 +27,11 @@ class Chip:
     bandwidth: float
     vmem: int
     cores: int = 1
+
+    @property
+    def vmem_limit(self) -> int:
+        """What a kernel may take; the rest is XLA's, for what it keeps there between kernels."""
+        return self.vmem * 3 // 4
 
 
 _MIB = 1 << 20
@@ -56,7 +61,7 @@ def interpreted():
 
     As with `compile_for`, a function that was jitted and traced outside the context keeps what it was traced to.
     """
-    return _within(INTERPRETER)
+    return within(INTERPRETER)
 
 
 def compile_for(name: str):
@@ -69,12 +74,13 @@ def compile_for(name: str):
     """
     for chip in CHIPS:
         if chip.name == name:
-            return _within(chip)
+            return within(chip)
     raise ValueError(f"name: no chip {name!r}: use one of {', '.join(c.name for c in CHIPS)}")
 
 
 @contextlib.contextmanager
-def _within(chip):
+def within(chip: Chip):
+    """Context in which kernels are traced for `chip`, which may differ from those in `CHIPS`, in its VMEM say."""
     token = _override.set(chip)
     try:
         yield chip
