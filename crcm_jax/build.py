@@ -10,13 +10,18 @@ from crcm_jax.errors import UserError
 from crcm_jax.models import toy
 from crcm_jax.models.base import Codec, Network, TextEncoder
 from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.models.wan.text import WanTextEncoder, load_tokenizer
 from crcm_jax.models.wan.transformer import WanTransformer
+from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
+from crcm_jax.models.wan.vae import WanVAE
+from crcm_jax.models.wan.vae_config import WanVAEConfig
 from crcm_jax.objectives import common, diffusion
 from crcm_jax.objectives.algorithm import Algorithm, gradient_of
 from crcm_jax.objectives.sf_dmd import Scores, critic, sf_dmd, sf_dmd_replayed
 from crcm_jax.objectives.tf_dcm import tf_dcm
 from crcm_jax.objectives.tf_scm import tf_scm
 from crcm_jax.schedule import StepPlan
+from crcm_jax.train.weights import load_params
 
 TRAINING_TYPES = ("bidirectional", "tf", "df", "tf_dcm", "tf_scm", "tf_dscm", "sf_dmd", "tf_scm_sf_dmd")
 
@@ -40,12 +45,29 @@ def network(config, role: str = "student") -> Network:
 
 def codec(config) -> Codec:
     """Pixels ↔ latents."""
-    return _named("codec", config.codec, {"pixels": toy.PixelCodec})
+    return _named("codec", config.codec, {"pixels": toy.PixelCodec, "wan_vae": _wan_vae})
 
 
 def text_encoder(config) -> TextEncoder:
     """Prompts → embeddings."""
-    return _named("text", config.text, {"words": toy.WordEncoder})
+    return _named("text", config.text, {"words": toy.WordEncoder, "umt5": _umt5})
+
+
+def _wan_vae(version: str = "2.1", **options) -> Codec:
+    known = {"2.1": WanVAEConfig.wan21, "2.2": WanVAEConfig.wan22}
+    if version not in known:
+        raise UserError(f"codec.version {version!r} is not one of {', '.join(known)}")
+    return WanVAE(known[version](**options))
+
+
+def _umt5(weights: str, tokenizer: str, **options) -> TextEncoder:
+    for key, path in (("weights", weights), ("tokenizer", tokenizer)):
+        if not path:
+            raise UserError(f"--config.text.{key} is missing: see docs/weights.md for how to bring UMT5 in")
+    encoder = UMT5Encoder(UMT5Config.xxl())
+    expect = jax.eval_shape(encoder.init, jax.random.key(0))
+    params = load_params(weights, expect=expect, dtype=encoder.config.dtype)
+    return WanTextEncoder(encoder, params, load_tokenizer(tokenizer), **options)
 
 
 def rollout_plan(config) -> StepPlan:
