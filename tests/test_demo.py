@@ -9,7 +9,6 @@ from crcm_jax import build, demo
 from crcm_jax.errors import UserError
 from crcm_jax.train import loop, weights
 
-
 TINY = {
     "model.layers": 1,
     "model.dim": 24,
@@ -17,6 +16,7 @@ TINY = {
     "model.ffn_dim": 24,
     "data.batch_size": 2,
     "train.steps": 2,
+    "train.log_every": 1,
 }
 
 
