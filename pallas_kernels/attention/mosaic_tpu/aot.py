@@ -14,7 +14,12 @@ import jax
 from pallas_kernels.attention.mosaic_tpu.target import CHIPS, Chip, within
 
 _TOPOLOGIES = {"v5e": "v5e:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2x1", "tpu7x": "tpu7x:2x2x1"}
-_WITHOUT_TPU = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_SKIP_MDS_QUERY": "1"}
+_WITHOUT_TPU = {
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # one process a machine may hold the chips; who only compiles holds none
+}
 
 
 class Cost(NamedTuple):

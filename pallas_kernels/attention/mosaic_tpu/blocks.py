@@ -1,8 +1,9 @@
 """Tile sizes, as data: for each kernel and chip the largest query and key tile, cut down to what a call needs.
 
 Chosen by counting, not by measuring. A forward tile of n queries does n FLOPs for each byte of keys and values, and a
-chip wants its FLOP/s over its bytes/s (v5e 240, v5p 187, v6e 561, tpu7x 312) about twice. Beyond that, larger tiles only
-compute more pairs that the mask hides: for frame-wise teacher forcing 8% at 512×512, 13% at 1024×512, 18% at 1024×1024.
+chip wants about twice its FLOP/s over its bytes/s (v5e 240, v5p 187, v6e 561, tpu7x 312). Beyond that, larger tiles
+only compute more pairs that the mask hides: in frame-wise teacher forcing 8% at 512×512, 13% at 1024×512, 18% at
+1024×1024.
 """
 
 from __future__ import annotations
