@@ -1,0 +1,265 @@
+"""Details of the objectives, one by one, on a linear network whose every call is written down."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from crcm_jax import flow
+from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models.base import Condition
+from crcm_jax.models.guidance import guided_velocity
+from crcm_jax.objectives import common, diffusion
+from crcm_jax.objectives.common import ContextNoise
+from crcm_jax.objectives.sf_dmd import Scores, dmd_target
+from crcm_jax.objectives.tf_dcm import tf_dcm
+from crcm_jax.objectives.tf_scm import tf_scm
+
+PATTERN, FRAMES = ChunkPattern(1, 2), 3
+SHAPE = (4, FRAMES, 2, 2, 3)
+TIMES = flow.LogNormal(-0.8, 1.6)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class Linear:
+    """v = a·x + b·t + k·(context) + m·(text); keeps its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def velocity(self, params, x, t, cond, *, context=None):
+        self.calls.append({"x": x, "t": t, "text": cond.text, "context": context})
+        text = jnp.mean(cond.text, (1, 2))[:, None, None, None, None]
+        v = params["a"] * x + params["b"] * flow.expand(t, x) + params["m"] * text
+        if context is not None:
+            c, t_c = context
+            v = v + params["k"] * (c + flow.expand(t_c, c)).mean(1, keepdims=True)
+        return v
+
+
+def params(a=0.4, b=0.3, k=0.2, m=0.5):
+    return {"a": jnp.asarray(a), "b": jnp.asarray(b), "k": jnp.asarray(k), "m": jnp.asarray(m)}
+
+
+# NumPy, since JAX would narrow them here, before the fixture.
+BATCH = {"latents": tiny.normal(0, *SHAPE, dtype=np.float64)}
+COND, UNCOND = (Condition(text=tiny.normal(s, 4, 2, 2, dtype=np.float64)) for s in (1, 2))
+X0, KEY = BATCH["latents"], jax.random.key(0)
+
+
+def wide(t):
+    return np.asarray(t)[:, :, None, None, None]
+
+
+@pytest.mark.parametrize("weighting", ["none", "gaussian_bell"])
+def test_diffusion_losses_are_means_over_pixels_and_sums_over_frames(weighting):
+    """100·Σ_frames w(t)·mean_{H,W,C}(v̂ − (ε − x0))², with ε recovered from the recorded x_t."""
+    net = Linear()
+    losses, _ = diffusion.teacher_forcing(
+        net, params(), BATCH, COND, KEY, times=TIMES, chunks=PATTERN, weighting=weighting
+    )
+    call = net.calls[0]
+    assert call["t"].shape == (4, 1)
+    np.testing.assert_array_equal(call["context"][0], X0)
+    assert float(call["context"][1].max()) == 0
+    t = np.asarray(call["t"], np.float64)
+    noise = (np.asarray(call["x"]) - (1 - wide(t)) * X0) / wide(t)
+    v = Linear().velocity(params(), call["x"], call["t"], COND, context=call["context"])
+    w = np.exp(-2 * (t - 0.5) ** 2) - np.exp(-0.5) if weighting == "gaussian_bell" else np.ones_like(t)
+    expected = 100 * (w * np.mean((np.asarray(v) - (noise - X0)) ** 2, (2, 3, 4))).sum(1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)  # t is float32, ε is divided by it
+
+
+def test_diffusion_forcing_times_are_constant_within_chunks():
+    """Independent, shared or monotone over chunks."""
+    for strategy in diffusion.STRATEGIES:
+        net = Linear()
+        diffusion.diffusion_forcing(net, params(), BATCH, COND, KEY, times=TIMES, chunks=PATTERN, strategy=strategy)
+        t = np.asarray(net.calls[0]["t"])
+        assert t.shape == (4, FRAMES) and net.calls[0]["context"] is None
+        np.testing.assert_array_equal(t[:, 1], t[:, 2])
+        assert (t[:, 0] == t[:, 1]).all() == (strategy == "same")
+        if strategy == "fopp":
+            assert (t[:, 0] <= t[:, 1]).all()
+        assert len(np.unique(t[:, 0])) == 4
+
+
+def test_guidance_is_two_forwards():
+    """v_u + g·(v_c − v_u), and the plain velocity for g ≤ 1 or without a negative prompt."""
+    net, x, t = Linear(), X0, jnp.full((1, 1), 0.3)
+    c, u = (net.velocity(params(), x, t, cond, context=(x, t)) for cond in (COND, UNCOND))
+    np.testing.assert_allclose(
+        guided_velocity(net, params(), x, t, COND, UNCOND, 3.0, context=(x, t)), u + 3.0 * (c - u), atol=1e-14
+    )
+    assert net.calls[-1]["x"].shape[0] == 8
+    for uncond, scale in ((UNCOND, 1.0), (None, 3.0)):
+        np.testing.assert_array_equal(guided_velocity(net, params(), x, t, COND, uncond, scale, context=(x, t)), c)
+
+
+def test_noisy_context():
+    """Chunks from the start on are noised to their time and told so; earlier ones stay clean (spec 3.4)."""
+    c, t = common.context(KEY, X0, PATTERN, ContextNoise((5 / 8,), 1))
+    np.testing.assert_array_equal(t, np.float32([[0, 5 / 8, 5 / 8]]))
+    np.testing.assert_array_equal(c[:, 0], X0[:, 0])
+    noise = (np.asarray(c) - (3 / 8) * X0)[:, 1:] / (5 / 8)
+    assert abs(noise.mean()) < 0.4 and 0.75 < noise.std() < 1.25, "96 unit normal draws"
+    _, t = common.context(KEY, X0, PATTERN, ContextNoise((5 / 8, 1.0), 0))
+    np.testing.assert_array_equal(t, np.float32([[5 / 8, 1, 1]]))
+
+
+def test_discrete_consistency_by_hand():
+    """One guided Euler step of the teacher on a clean context; the target is the live student, not differentiated;
+    the student's context noise is fresh in each of its two passes."""
+    student, teacher = Linear(), Linear()
+    options = {"teacher_network": teacher, "teacher": params(0.9, -0.2, 0.1, 0.7), "uncond": UNCOND, "chunks": PATTERN}
+
+    def loss(p):
+        return tf_dcm(student, p, BATCH, COND, KEY, context_noise=ContextNoise((5 / 8,), 1), **options)[0]
+
+    losses = loss(params())
+    online, target = student.calls
+    (guided,) = teacher.calls
+    np.testing.assert_array_equal(guided["context"][0][:4], X0)
+    assert float(guided["context"][1].max()) == 0
+    assert not np.allclose(online["context"][0][:, 1:], target["context"][0][:, 1:])
+    t0, t1 = wide(online["t"]), wide(target["t"])
+    v = guided_velocity(
+        Linear(), options["teacher"], online["x"], online["t"], COND, UNCOND, 3.0, context=(X0, jnp.zeros((1, 1)))
+    )
+    np.testing.assert_allclose(target["x"], online["x"] - (t0 - t1) * np.asarray(v), atol=1e-7)
+    predict = lambda p, call: flow.to_clean(  # noqa: E731
+        call["x"], Linear().velocity(p, call["x"], call["t"], COND, context=call["context"]), call["t"]
+    )
+    frozen = predict(params(), target)
+    by_hand = lambda p: 100 * jnp.mean(jnp.square(predict(p, online) - frozen), (2, 3, 4)).sum(1)  # noqa: E731
+    np.testing.assert_allclose(losses, by_hand(params()), rtol=1e-6)  # float32 times
+    for name, g in jax.jacfwd(loss)(params()).items():
+        np.testing.assert_allclose(g, jax.jacfwd(by_hand)(params())[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("iteration", "r"), [(0, 0.0), (250, 0.25), (5000, 1.0)])
+def test_continuous_consistency_by_hand(iteration, r):
+    """g = −(v⁻ − v_T) − r·t·τ, ĝ = g/(‖g‖ + 0.1), loss 100·‖ĝ‖², gradient −200·(∂v)ᵀĝ, in one pass and in two."""
+    student, teacher = Linear(), Linear()
+    theirs = params(0.9, -0.2, 0.1, 0.7)
+    noise = ContextNoise((5 / 8,), 1)
+
+    def run(p, one_pass):
+        return tf_scm(
+            student, p, BATCH, COND, KEY, teacher_network=teacher, teacher=theirs, uncond=UNCOND, chunks=PATTERN,
+            iteration=iteration, times=TIMES, context_noise=noise, one_pass=one_pass,
+        )  # fmt: skip
+
+    losses, metrics = run(params(), False)
+    call = student.calls[-1]
+    assert float(teacher.calls[-1]["context"][1].max()) == 0, "the teacher's context is clean"
+    np.testing.assert_array_equal(call["context"][1], np.float32([[0, 5 / 8, 5 / 8]]))
+    clean = (X0, jnp.zeros((1, 1)))
+    v_T = np.asarray(guided_velocity(Linear(), theirs, call["x"], call["t"], COND, UNCOND, 3.0, context=clean))
+    v = Linear().velocity(params(), call["x"], call["t"], COND, context=call["context"])
+    tau = 0.4 * v_T + 0.3  # a·dx/dt + b
+    g = -(np.asarray(v) - v_T) - r * wide(call["t"]) * tau
+    norm = np.sqrt((g**2).sum((1, 2, 3, 4)))
+    g_hat = g / (norm[:, None, None, None, None] + 0.1)
+    assert float(metrics["warmup"]) == r
+    # Times and the warm-up are float32.
+    np.testing.assert_allclose(metrics["tangent_norm"], norm, rtol=1e-6)
+    np.testing.assert_allclose(losses, 100 * (norm / (norm + 0.1)) ** 2, rtol=1e-6)
+    slope = jax.jacfwd(lambda p: Linear().velocity(p, call["x"], call["t"], COND, context=call["context"]))(params())
+    for one_pass in (False, True):
+        for name, gradient in jax.jacrev(lambda p: run(p, one_pass)[0])(params()).items():  # noqa: B023
+            expected = -200 * (np.asarray(slope[name]) * g_hat).sum((1, 2, 3, 4))
+            np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_one_pass_is_two_passes():
+    """Value and every parameter's gradient, on the transformer in float64."""
+    net = tiny.wan(PATTERN, "float64", layers=1)
+    student, teacher = (tiny.parameters(net, seed, np.float64) for seed in (0, 1))
+    batch = {"latents": tiny.latents(3, 2, FRAMES, np.float64)}
+    cond, uncond = (tiny.condition(seed, dtype=np.float64) for seed in (7, 8))
+
+    @tiny.jit
+    def both(p):
+        def loss(p, one_pass):
+            return tf_scm(
+                net, p, batch, cond, KEY, teacher_network=net, teacher=teacher, uncond=uncond, chunks=PATTERN,
+                iteration=700, one_pass=one_pass,
+            )[0].sum()  # fmt: skip
+
+        return [jax.value_and_grad(lambda p: loss(p, one_pass))(p) for one_pass in (True, False)]  # noqa: B023
+
+    (one, grads), (two, others) = both(student)
+    np.testing.assert_allclose(one, two, rtol=1e-12)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    for g, other in zip(jax.tree.leaves(grads), jax.tree.leaves(others)):
+        assert float(jnp.abs(g).max()) > 0 and float(jnp.abs(g - other).max()) < 1e-12 * largest
+
+
+def test_the_context_receives_gradients():
+    """In teacher forcing, unlike in self-forcing, parameters learn through the context's keys and values."""
+    net = tiny.wan(PATTERN, "float64", layers=2)
+    p = tiny.parameters(net, 0, np.float64)
+    batch = {"latents": tiny.latents(3, 2, FRAMES, np.float64)}
+    cond = tiny.condition(dtype=np.float64)
+    step = tiny.parameters(net, 9, np.float64)
+
+    def along(h):
+        moved = jax.tree.map(lambda a, b: a + h * b, p, step)
+        return diffusion.teacher_forcing(net, moved, batch, cond, KEY, times=TIMES, chunks=PATTERN)[0].sum()
+
+    loss, slope = tiny.jit(along), tiny.jit(jax.grad(along))(0.0)
+    d = [float(loss(h) - loss(-h)) / (2 * h) for h in (2e-4, 1e-4)]
+    richardson = d[1] + (d[1] - d[0]) / 3
+    # A whole gradient, the context's part included: equal to differences up to their own error.
+    assert abs(float(slope) - richardson) < 0.1 * abs(d[1] - d[0]) + 1e-8 * abs(richardson)
+
+
+def test_the_dmd_target():
+    """x − (x_fake − x_real)/W with W = mean|x − x_real| a sample; the critic unguided, the real score guided."""
+    critic, real = Linear(), Linear()
+    theirs, ours = params(0.9, -0.2, 0.1, 0.7), params()
+    target, norm = dmd_target(
+        X0, KEY, Scores(real, theirs, critic, ours), COND, UNCOND, times=flow.UniformShift(5.0), guidance=5.0
+    )
+    y, t = critic.calls[0]["x"], critic.calls[0]["t"]
+    assert t.shape == (4, 1) and critic.calls[0]["x"].shape[0] == 4
+    x_fake = flow.to_clean(y, Linear().velocity(ours, y, t, COND), t)
+    x_real = flow.to_clean(y, guided_velocity(Linear(), theirs, y, t, COND, UNCOND, 5.0), t)
+    w = jnp.mean(jnp.abs(X0 - x_real), (1, 2, 3, 4), keepdims=True)
+    g = (x_fake - x_real) / w
+    np.testing.assert_allclose(target, X0 - g, rtol=1e-10)
+    np.testing.assert_allclose(norm, jnp.sqrt(jnp.sum(g**2, (1, 2, 3, 4))), rtol=1e-10)
+    slope = jax.grad(lambda x: jnp.sum(jnp.square(x - jax.lax.stop_gradient(target))))(X0)
+    np.testing.assert_allclose(slope, 2 * g, rtol=1e-10)
+
+
+def test_trigonometric_and_straight_consistency_are_parallel():
+    """g_Trig = cosθ·df/dθ = (1−t)·√((1−t)² + t²)·g_RF for the same function f, any network, any teacher (spec 4.4)."""
+    rng = np.random.default_rng(0)
+    theta = jnp.asarray(rng.uniform(0.1, 1.4, size=(6, 1)))
+    z, noise = (jnp.asarray(rng.normal(size=(6, 1, 1, 1, 2))) for _ in range(2))
+    net = lambda x, t, w: jnp.tanh(w * x + 2 * flow.expand(t, x)) * jnp.cos(3 * x)  # noqa: E731
+    student, teacher = (lambda x, t: net(x, t, 1.3)), (lambda x, t: net(x, t, 0.6))
+    wide_theta = flow.expand(theta, z)
+    cos, sin = jnp.cos(wide_theta), jnp.sin(wide_theta)
+    t = flow.trig_to_flow(theta)
+    x = flow.interpolate(z, noise, t)
+    f = lambda x, t: flow.to_clean(x, student(x, t), t)  # noqa: E731
+    g = jax.jvp(f, (x, t), (teacher(x, t), jnp.ones_like(t)))[1]
+
+    def trig_f(x, theta):
+        """f = cosθ·x − sinθ·F, with F of the wrapper."""
+        s = flow.expand(theta, x)
+        scale = jnp.cos(s) + jnp.sin(s)
+        big = flow.trig_velocity(student(x / scale, flow.trig_to_flow(theta)), x, theta)
+        return jnp.cos(s) * x - jnp.sin(s) * big
+
+    x_trig = cos * z + sin * noise
+    np.testing.assert_allclose(x_trig / (cos + sin), x, atol=1e-14)
+    np.testing.assert_allclose(trig_f(x_trig, theta), f(x, t), atol=1e-14)
+    slope = flow.trig_velocity(teacher(x, t), x_trig, theta)
+    g_trig = cos * jax.jvp(trig_f, (x_trig, theta), (slope, jnp.ones_like(theta)))[1]
+    w = flow.expand(t, x)
+    np.testing.assert_allclose(g_trig, (1 - w) * jnp.sqrt((1 - w) ** 2 + w**2) * g, atol=1e-13)
