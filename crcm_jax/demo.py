@@ -123,11 +123,11 @@ def models(folder: Path) -> dict[str, tuple[str, producer.Producer]]:
 
     def few(stage: str, steps: int):
         config, params, _ = producer.load(folder / stage)
-        return producer.streaming(config, params, producer.few_step_solver(config, (steps,), SCHEDULES[steps]))
+        return producer.producer(config, params, producer.few_step_solver(config, (steps,), SCHEDULES[steps]))
 
     config, params, _ = producer.load(folder / "tf")
     solver = Ode(config.sample.ode_steps)
-    teacher = producer.streaming(config, params, solver, guidance=config.sample.guidance)
+    teacher = producer.producer(config, params, solver, guidance=config.sample.guidance)
     return {
         "teacher": (f"causal teacher, {solver.steps} steps", teacher),
         "tf_cm_4step": ("TF-CM student, 4 steps", few("tf_scm", 4)),

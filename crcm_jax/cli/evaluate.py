@@ -59,14 +59,14 @@ def main(argv: list[str]) -> int:
     from crcm_jax.evaluate import producer, run
     from crcm_jax.sampling import Ode
 
-    config, params, meta = producer.load(options.checkpoint, options.which)
+    config, params, meta = producer.load(options.checkpoint, options.which, causal=options.ode is None)
     if options.steps:
         solver = producer.few_step_solver(config, options.steps, options.mid)
         made = dict(steps=list(options.steps), mid=[list(row) for row in solver.plan.times])
     else:
         solver = Ode(options.ode)
         made = dict(ode=options.ode)
-    produce = producer.streaming(config, params, solver, guidance=options.guidance)
+    produce = producer.producer(config, params, solver, guidance=options.guidance)
     print("crcm: training the judge on real digits", file=sys.stderr)
     judge = run.judge(config, clips=options.clips, seeds=options.seeds)
     with tqdm(total=options.clips, unit="clip", desc="judging") as bar:

@@ -13,7 +13,7 @@ from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Params
 from crcm_jax.sampling import Few, Ode
 
-DIFFUSION = ("tf", "df")
+DIFFUSION = ("bidirectional", "tf", "df")
 
 
 def own_solver(config) -> tuple[Few | Ode, float]:
@@ -26,15 +26,15 @@ def own_solver(config) -> tuple[Few | Ode, float]:
 def training_clips(config) -> Callable[[Params, int, Path], None] | None:
     """`(weights, iteration, folder)`: writes a GIF and a frame grid of a few prompts, always from the same noise.
 
-    None for a run that asks for no clips, or has no causal model to stream, or prompts of another data set.
+    None for a run that asks for no clips, or whose data set has no prompts of its own.
     """
-    if config.training == "bidirectional" or not config.sample.prompts or config.data.name != "digits":
+    if not config.sample.prompts or config.data.name != "digits":
         return None
     prompts = heldout_prompts(config, config.sample.prompts)
 
     def write(params: Params, iteration: int, folder: Path) -> None:
         solver, guidance = own_solver(config)
-        videos = producer.streaming(config, params, solver, guidance=guidance)(prompts, range(len(prompts)))
+        videos = producer.producer(config, params, solver, guidance=guidance)(prompts, range(len(prompts)))
         stacked = np.concatenate(list(videos), axis=1)
         for suffix in ("gif", "png"):
             write_video(folder / f"{iteration:07d}.{suffix}", stacked, scale=4)

@@ -1,4 +1,4 @@
-"""From a trained causal model to a producer of clips: prompts and seeds in, videos out."""
+"""From a trained model to a producer of clips: prompts and seeds in, videos out."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from crcm_jax import build
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate.run import Producer
 from crcm_jax.models.base import Condition, Params
-from crcm_jax.sampling import Few, Noise, Ode, generate
+from crcm_jax.sampling import Few, Noise, Ode, generate, generate_whole
 from crcm_jax.schedule import StepPlan
 from crcm_jax.train.weights import load_meta, load_params
 
 
-def load(checkpoint: str | Path, which: str = "ema") -> tuple[ConfigDict, Params, dict[str, Any]]:
-    """(configuration, weights, what is known of its run) of a causal model's checkpoint.
+def load(checkpoint: str | Path, which: str = "ema", causal: bool = True) -> tuple[ConfigDict, Params, dict[str, Any]]:
+    """(configuration, weights, what is known of its run) of a model's checkpoint.
 
     `which`: "ema" or "params". UserError if it is missing, damaged, of another architecture than it says, of the
-    bidirectional stage, or says nothing of its configuration.
+    bidirectional stage although it must be `causal`, or says nothing of its configuration.
     """
     meta = load_meta(checkpoint)
     if not meta.get("config"):
         raise UserError(f"{checkpoint} does not say how it was configured: give a run's workdir or checkpoint")
     config = ConfigDict(meta["config"])
-    if config.training == "bidirectional":
-        raise UserError(f"{checkpoint} is bidirectional and cannot stream: evaluate a causal model trained from it")
+    if causal and config.training == "bidirectional":
+        raise UserError(f"{checkpoint} is bidirectional and cannot stream: give a causal model trained from it")
     expect = jax.eval_shape(build.network(config).init, jax.random.key(0))
     dtype = jnp.dtype(config.get("param_dtype", "float32"))
     return config, load_params(checkpoint, which, expect=expect, dtype=dtype), meta
@@ -51,31 +51,31 @@ def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[floa
         raise UserError(str(error)) from error
 
 
-def streaming(config: ConfigDict, params: Params, solver: Few | Ode, *, guidance: float = 1.0) -> Producer:
-    """The producer of a causal model. A seed is all of a clip's randomness: models given one share their noise.
+def producer(config: ConfigDict, params: Params, solver: Few | Ode, *, guidance: float = 1.0) -> Producer:
+    """The producer of a model: chunk by chunk if it is causal, the whole clip at once if it is bidirectional.
 
-    `guidance` above 1 mixes in the empty prompt's velocity, for diffusion models. Videos are clipped to [−1, 1].
+    A seed is all of a clip's randomness: models given one share their noise. `guidance` above 1 mixes in the empty
+    prompt's velocity, for diffusion models. Videos are clipped to [−1, 1]. UserError for few steps of a bidirectional
+    model.
     """
     network, codec, text_encoder = build.network(config), build.codec(config), build.text_encoder(config)
     latents = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
-    chunks = build.chunk_pattern(config)
-    uncond = Condition(text=jnp.asarray(text_encoder([""])))
-    steps = solver.most if isinstance(solver, Few) else 0
+    shared = {"uncond": Condition(text=jnp.asarray(text_encoder([""]))), "guidance": guidance}
+    bidirectional = config.training == "bidirectional"
+    if bidirectional and not isinstance(solver, Ode):
+        raise UserError("a bidirectional model is not distilled: sample it with many steps, --ode=N")
+    steps = 0 if isinstance(solver, Ode) else solver.most
     decode = jax.jit(lambda latents: jnp.clip(codec.decode(None, latents), -1, 1))
 
     def produce(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        clips = generate(
-            network,
-            params,
-            Condition(text=jnp.asarray(text_encoder(prompts))),
-            None,
-            shape=(len(prompts), *latents),
-            chunks=chunks,
-            solver=solver,
-            uncond=uncond,
-            guidance=guidance,
-            noise=clip_noise(seeds, latents, steps),
-        )
+        cond, noise = Condition(text=jnp.asarray(text_encoder(prompts))), clip_noise(seeds, latents, steps)
+        if bidirectional:
+            clips = generate_whole(
+                network, params, cond, noise.initial, times=solver.times(0), solver="euler", **shared
+            )
+        else:
+            view = {"shape": noise.initial.shape, "chunks": build.chunk_pattern(config), "solver": solver}
+            clips = generate(network, params, cond, None, noise=noise, **view, **shared)
         return np.asarray(decode(clips))
 
     return produce

@@ -50,12 +50,12 @@ def test_seed_is_all_of_a_clips_noise():
 
 def test_clips_depend_on_prompt_seed_steps_and_nothing_else(checkpoint):
     config, params, _ = producer.load(checkpoint)
-    produce = producer.streaming(config, params, producer.few_step_solver(config, (2,)))
+    produce = producer.producer(config, params, producer.few_step_solver(config, (2,)))
     prompts = ["a three moves up", "a three moves up", "a seven moves left"]
     clips = produce(prompts, [0, 1, 0])
     assert clips.shape == (3, 9, 16, 16, 1) and np.abs(clips).max() <= 1
     np.testing.assert_allclose(produce(prompts[::-1], [0, 1, 0]), clips[::-1], atol=1e-5)
-    other = producer.streaming(config, params, producer.few_step_solver(config, (1,)))(prompts, [0, 1, 0])
+    other = producer.producer(config, params, producer.few_step_solver(config, (1,)))(prompts, [0, 1, 0])
     for a, b in ((clips[0], clips[1]), (clips[0], clips[2]), (clips, other)):
         assert np.abs(a - b).max() > 1e-3
 
@@ -69,7 +69,7 @@ def test_guidance_and_the_empty_prompt_reach_the_sampler(checkpoint, monkeypatch
         return jax.numpy.full(options["shape"], 9.0)
 
     monkeypatch.setattr(producer, "generate", generate)
-    clips = producer.streaming(config, params, Ode(2), guidance=4.0)(["a one moves up"], [0])
+    clips = producer.producer(config, params, Ode(2), guidance=4.0)(["a one moves up"], [0])
     assert given["guidance"] == 4.0 and given["solver"] == Ode(2) and given["chunks"].size == 1
     assert given["uncond"].text.shape == (1, 12, 32) and not given["uncond"].text.any()
     assert (clips == 1).all()  # and what comes out of range is clipped
