@@ -59,6 +59,7 @@ def main(arguments=None):
         for row in torch_rows(options):
             add(row)
     print(table(rows, ceiling))
+    print(memory(small, options))
 
 
 def table(rows, ceiling) -> str:
@@ -67,6 +68,28 @@ def table(rows, ceiling) -> str:
     for row in rows:
         rate = row.flops / row.ms * 1e3
         lines.append(f"| {row.workload} | {row.by} | {row.ms:.2f} | {rate / 1e12:.3g} | {rate / ceiling:.0%} |")
+    return "\n".join(lines)
+
+
+def memory(small: bool, options) -> str:
+    """Temporary memory of a teacher-forcing target's value, tangent and gradient, for half a clip and for all of it."""
+    lines = [
+        "| tokens | inputs, one tensor | temporaries of value and tangent | temporaries of the gradient |",
+        "|---|---|---|---|",
+    ]
+    whole = cases(small)["tf_target_3"]
+    for parts in (2, 1):
+        tokens = whole.mask.chunk * (whole.queries // whole.mask.chunk // parts)
+        case = dataclasses.replace(whole, queries=tokens, own=tokens, context=tokens)
+        call = caller(case, options)
+        inputs = jax.eval_shape(lambda case=case: draw(case, jnp.bfloat16))
+        functions = (
+            lambda x, dx, call=call: jax.jvp(call, (x,), (dx,)),
+            lambda x, g, call=call: jax.vjp(call, x)[1](g["q"]),
+        )
+        sizes = [jax.jit(f).lower(inputs, inputs).compile().memory_analysis().temp_size_in_bytes for f in functions]
+        sizes = [inputs["q"].size * 2, *sizes]
+        lines.append(f"| {tokens} | " + " | ".join(f"{size / 2**20:.1f} MiB" for size in sizes) + " |")
     return "\n".join(lines)
 
 

@@ -54,6 +54,7 @@ def _dq(q, segments, scale, do, vectors, blocks: Blocks):
         **tiles.grid_of(heads, pl.cdiv(queries, BLOCK), batch, blocks.heads_first),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
+        kernel_name="attention_dq",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, do, *vectors, [(s.k, s.v) for s in segments], rows, tables)
 
@@ -171,6 +172,7 @@ def _dkv(q, segment, scale, do, vectors, blocks: Blocks):
         **tiles.grid_of(kv_heads, pl.cdiv(keys, BLOCK), batch, blocks.heads_first),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
+        kernel_name="attention_dkv",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, do, *vectors, segment.k, segment.v, rows, table)
 
@@ -204,12 +206,12 @@ def _dkv_kernel(
     @pl.when(wg == COMPUTE_WARPGROUPS)
     def _feed():
         plgpu.set_max_registers(24, action="decrease")
-        for group in range(groups):
-            head = kv_head * groups + group
 
+        @pl.loop(0, groups)
+        def _head(group):
             @pl.loop(0, steps.count)
-            def _step(step, head=head, group=group):
-                item = group * steps.count + step
+            def _step(step):
+                head, item = kv_head * groups + group, group * steps.count + step
                 tile = pl.ds(steps.tile(step) * blocks.tile, blocks.tile)
                 for ref, ring in ((q_ref, q_ring), (do_ref, do_ring)):
                     ring.fill(ref.at[batch, tile, head], item)
@@ -266,10 +268,10 @@ def _dkv_kernel(
             do_ring.release(item)
             return dk, dv
 
-        carry = tiles.zeros(k_tile.shape), tiles.zeros(v_tile.shape)
-        for group in range(groups):
-            carry = lax.fori_loop(0, steps.count, functools.partial(body, group=group), carry)
-        dk, dv = carry
+        def head(group, carry):
+            return lax.fori_loop(0, steps.count, functools.partial(body, group=group), carry)
+
+        dk, dv = lax.fori_loop(0, groups, head, (tiles.zeros(k_tile.shape), tiles.zeros(v_tile.shape)))
         k_tile[...] = (dk * scale).astype(k_tile.dtype)
         v_tile[...] = dv.astype(v_tile.dtype)
         plgpu.commit_smem()

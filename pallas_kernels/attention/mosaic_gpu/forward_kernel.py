@@ -47,6 +47,7 @@ def forward(q, segments, scale: float, blocks: Blocks):
         **tiles.grid_of(heads, q_blocks, batch, blocks.heads_first),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
+        kernel_name="attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, [(s.k, s.v) for s in segments], rows, tables)
     return o, lse[..., :queries]

@@ -65,6 +65,7 @@ def _call(q, segments, scale, dq, dsegments, saved, blocks):
         **tiles.grid_of(heads, q_blocks, batch, blocks.heads_first),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
+        kernel_name="attention_tangent" if saved else "attention_forward_tangent",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(
         q,
