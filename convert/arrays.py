@@ -6,6 +6,7 @@ pass through like any other. Types go by their names in safetensors files ("BF16
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Spec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return WIDTHS[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
+        return WIDTHS[self.dtype] * math.prod(self.shape)
 
 
 class Transform(NamedTuple):

@@ -251,15 +251,18 @@ def identify(specs: Mapping[str, Spec], said: dict[str, Any], model: str | None 
         raise UserError(f"the tensors' names ({some} …) are of no layout known here for {here}")
     if model is not None:
         return known(model), layout
-    sizes = family.infer({**shapes, LAYERS: (layers,)}, said)
-    for name, (of, config) in KNOWN.items():
-        told = [field for field in family.sizes if field != LAYERS]
-        if of is family and all(getattr(config, field) == sizes[field] for field in told):
-            return Model(family, name, config), layout
     try:
+        sizes = family.infer({**shapes, LAYERS: (layers,)}, said)
+        for name, (of, config) in KNOWN.items():
+            if of is family and all(getattr(config, field) == sizes[field] for field in sizes if field != LAYERS):
+                return Model(family, name, config), layout
         return Model(family, family.name, family.config(**sizes, **family.fixed)), layout
-    except ValueError as error:
-        raise UserError(f"the weights are of no possible {family.name}: {error}") from error
+    except UserError:
+        raise
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the weights are of no possible {family.name} ({error}): name the model with --model"
+        ) from error
 
 
 _NUMBER = re.compile(r"\b(blocks?\.)\d+")

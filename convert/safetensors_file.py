@@ -38,7 +38,7 @@ class Reader:
             header = json.loads(text, object_pairs_hook=self._unique)
             self.metadata = dict(header.pop("__metadata__", {}))
             self.specs = {name: self._spec(name, entry) for name, entry in header.items()}
-            spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+            spans = {name: self._span(entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -71,6 +71,11 @@ class Reader:
         if entry["dtype"] not in WIDTHS:
             raise self._flaw(f"{name} is of the unknown type {entry['dtype']!r}")
         return Spec(entry["dtype"], tuple(int(n) for n in entry["shape"]))
+
+    @staticmethod
+    def _span(entry: dict[str, Any]) -> tuple[int, int]:
+        begin, end = entry["data_offsets"]
+        return int(begin), int(end)
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]

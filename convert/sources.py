@@ -90,18 +90,22 @@ def _folder(path: Path, which: str | None) -> Source:
         return _from_checkpoint(path, which)
     config = path / "config.json"
     if config.is_file():
-        try:
-            found.config = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{config} is not readable as JSON: fetch it again") from None
+        found.config = _object(config.read_text(encoding="utf-8"), config)
     return found
+
+
+def _object(text: str, where: Any) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text).items())
+    except (ValueError, AttributeError):
+        raise UserError(f"{where} is not readable as JSON: fetch it again") from None
 
 
 def _indexed(index: Path) -> list[Path]:
     """The shards of an index, which must agree with it tensor by tensor."""
     try:
-        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
+        where = {name: str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not a readable index of shards: fetch it again") from None
     shards = [index.parent / name for name in sorted(set(where.values()))]
     for shard in shards:
@@ -120,7 +124,7 @@ def _indexed(index: Path) -> list[Path]:
 def _from_safetensors(path: Path, files: list[Path], which: str | None) -> Source:
     readers = [safetensors_file.Reader(file) for file in files]
     where = {name: reader for reader in readers for name in reader.specs}
-    meta = json.loads(readers[0].metadata.get("crcm", "{}"))
+    meta = _object(readers[0].metadata.get("crcm", "{}"), f"what {files[0]} says of itself")
     groups: dict[str, dict[str, str]] = {}
     for name in where:
         prefix, rest = _split(name)

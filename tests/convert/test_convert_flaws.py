@@ -64,6 +64,18 @@ def test_layers_that_a_published_model_would_have(tmp_path):
         engine.models.identify({f"down.{i}.weight": engine.Spec("F32", (3,)) for i in range(9)}, {})
 
 
+def test_sizes_that_are_no_model(tmp_path):
+    model = fakes.TINY["umt5"]
+    for name, shape in (("shared.weight", (5,)), ("relative_attention_bias", (8, 0))):
+        specs = {n: engine.Spec("F32", shape if name in n else s) for n, s in fakes.shapes(model, "diffusers").items()}
+        with pytest.raises(UserError, match=r"of no possible umt5 .*--model"):
+            engine.models.identify(specs, {})
+    said = {"heads": 5}
+    specs = {n: engine.Spec("F32", s) for n, s in fakes.shapes(MODEL, "native").items()}
+    with pytest.raises(UserError, match=r"of no possible wan-transformer .*model\.heads 5"):
+        engine.models.identify(specs, said)
+
+
 def test_another_model_than_the_one_asked_for(tmp_path, native):
     source = fakes.save(tmp_path / "n.safetensors", native)
     with pytest.raises(UserError, match=r"does not fit wan2\.1-t2v-1\.3b"):
@@ -116,6 +128,7 @@ FLAWS = {
     "unknown type": (lambda p: with_header(p, lambda text: text.replace("BF16", "Q4_K")), "unknown type 'Q4_K'"),
     "stretched": (lambda p: with_header(p, stretched), r"has \d+ bytes for \d+"),
     "overlapping": (lambda p: with_header(p, overlapping), "overlap others or leave a gap"),
+    "three offsets": (lambda p: with_header(p, lambda text: text.replace('s":[', 's":[0,')), "header is not readable"),
     "twice": (lambda p: with_header(p, twice), "it names .* twice"),
 }
 
