@@ -56,9 +56,9 @@ def assert_trains(grad_fn, params, others, batch, at):
     return (losses, metrics), grads
 
 
-@pytest.mark.parametrize("training", [t for t in build.TRAINING_TYPES if "sf_dmd" not in t])
+@pytest.mark.parametrize("training", [t for t in build.TRAINING_TYPES if t != "tf_scm_sf_dmd"])
 def test_every_training_type_trains_every_parameter(training):
-    """Finite losses and metrics, and a gradient that reaches every leaf, for the student and for the critic."""
+    """A gradient reaches every leaf of student and critic. (The joint type sums two: see its phases.)"""
     c = config(training)
     algorithm = build.algorithm(c)
     batch, trees = players(c)
@@ -91,6 +91,25 @@ def test_both_consistency_losses_are_their_sum():
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected))
     for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected)):
         np.testing.assert_allclose(g, e, atol=1e-5 * largest)  # the same sums in another program, float32
+
+
+def test_the_joint_type_has_phases():
+    """TF-sCM alone until the warm-up ends, then both; one program for the two."""
+    c = config("tf_scm_sf_dmd", objective={"warmup": 4})
+    algorithm = build.algorithm(c)
+    assert algorithm.student_only_iterations == 4
+    batch, trees = players(c)
+    others = {n: trees[n] for n in ("teacher", "real", "critic", "uncond")}
+    run = tiny.jit(algorithm.student)
+    before, after = (
+        run(trees["student"], others, batch, jax.random.key(0), progress(i, i, 0), WEIGHTS) for i in (3, 4)
+    )
+    assert float(before[0][1]["dmd_norm"].max()) == 0 < float(after[0][1]["dmd_norm"].min())
+    assert float(before[0][1]["warmup"]) == 0.75 and float(after[0][1]["warmup"]) == 1
+    # DMD adds ‖G‖² to each sample's loss.
+    extra = np.asarray(after[0][0] - after[0][1]["dmd_norm"] ** 2)
+    norm = np.asarray(after[0][1]["tangent_norm"])
+    np.testing.assert_allclose(extra, 100 * (norm / (norm + 0.1)) ** 2, rtol=1e-3)
 
 
 def test_phases_and_counters():
