@@ -13,6 +13,8 @@ from crcm_jax.data import pipeline
 from crcm_jax.errors import UsageError, blame_config
 from crcm_jax.evaluate.clips import training_clips
 from crcm_jax.objectives.algorithm import Algorithm
+from crcm_jax.parallel import mesh as meshes
+from crcm_jax.parallel import rules
 from crcm_jax.train.loop import Initial, Sampler, run
 from crcm_jax.train.state import TrainState
 from crcm_jax.train.step import step_key
@@ -39,19 +41,21 @@ def student_stages(training: str) -> tuple[str, ...]:
 
 
 def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
-    """The trees that `config.init` names, in `config.param_dtype`, checked against their networks and stages.
+    """The trees that `config.init` names, in `config.param_dtype` and cut over `config.mesh`, checked against their
+    networks and stages.
 
     student: random if its path is ''. critic: the real score if its path is ''. uncond: the negative prompt's embedding
     `[1, token, channel]`.
     """
-    key = step_key(config.seed, "init", 0, 0)
+    key, mesh = step_key(config.seed, "init", 0, 0), meshes.make(config)
     dtype = jnp.dtype(config.param_dtype)
 
     def load(role, training):
-        expect = jax.eval_shape(build.network(config, role).init, key)
+        expect = rules.abstract(jax.eval_shape(build.network(config, role).init, key), mesh)
         return load_params(config.init[role], expect=expect, dtype=dtype, training=training)
 
-    others = {"uncond": jnp.asarray(uncond)}
+    uncond = jnp.asarray(uncond)
+    others = {"uncond": jax.device_put(uncond, rules.shardings(uncond, mesh))}
     for role in algorithm.reads:
         if not config.init[role]:
             raise UsageError(
@@ -62,7 +66,9 @@ def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
     if config.init.student:
         student = load("student", student_stages(config.training))
     else:
-        student = jax.jit(build.network(config, "student").init)(key)
+        init = build.network(config, "student").init
+        cut = rules.shardings(jax.eval_shape(init, key), mesh)
+        student = jax.jit(init, out_shardings=cut)(key)
         student = jax.tree.map(lambda x: x.astype(dtype), student)
     critic = None
     if algorithm.critic is not None:

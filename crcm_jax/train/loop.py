@@ -15,6 +15,8 @@ import jax
 from crcm_jax.errors import blame_config
 from crcm_jax.models.base import Params
 from crcm_jax.objectives.algorithm import Algorithm
+from crcm_jax.parallel import mesh as meshes
+from crcm_jax.parallel import plan, rules
 from crcm_jax.train import identity, logging, state, storage
 from crcm_jax.train.checkpoint import Checkpoints
 from crcm_jax.train.optimizer import Optimizer
@@ -30,7 +32,7 @@ Sampler = Callable[[Params, int, Path], None]
 class Initial:
     """What a new run starts from; `run` empties it, so that weights of which it has its own copy can be freed.
 
-    `others` are the frozen trees that the algorithm reads, and `uncond`.
+    `others` are the frozen trees that the algorithm reads, and `uncond`, lying on the run's mesh already.
     """
 
     student: Params | None
@@ -83,26 +85,33 @@ def run(
 
 
 def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
+    mesh = meshes.make(config)
     with blame_config():
         optimizer = Optimizer.from_config(config.optim)
         critic_optimizer = None if algorithm.critic is None else Optimizer.from_config(config.critic_optim)
+
+        def fresh(student, critic):
+            return state.create(student, optimizer, critic, critic_optimizer)
+
+        like = rules.abstract(jax.eval_shape(fresh, init.student, init.critic), mesh)
+        placed = jax.tree.map(lambda x: x.sharding, like)
         student_step, critic_step = make_steps(
-            algorithm,
+            rules.cut_gradients(algorithm, mesh),
             optimizer,
             critic_optimizer,
             ema_rate=config.ema.rate,
             seed=config.seed,
             accumulate=config.optim.get("accumulate", 1),
+            shardings=placed,
         )
     settings, iterator, others = config.train, iter(data), init.others
-
-    def fresh(student, critic):
-        return state.create(student, optimizer, critic, critic_optimizer)
+    plan.refuse_what_cannot_fit(plan.of_state(like, rules.abstract(others, mesh)), mesh)
 
     checkpoints = Checkpoints(workdir, config, settings.keep)
-    restored = checkpoints.restore(jax.eval_shape(fresh, init.student, init.critic))
+    restored = checkpoints.restore(like)
     if restored is None:
-        now, window = fresh(init.student, init.critic), None
+        # Compiled, so that each device makes its own part and none holds the whole.
+        now, window = jax.jit(fresh, out_shardings=placed)(init.student, init.critic), None
     else:
         now, data_state, window = restored
         iterator.set_state(data_state)
@@ -124,7 +133,7 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
         while iteration < settings.steps and not stop.requested:
             student = algorithm.is_student_phase(iteration)
             player, step = ("student", student_step) if student else ("critic", critic_step)
-            batch = jax.device_put(next(iterator))
+            batch = jax.device_put(next(iterator), meshes.samples(mesh))
             # Tracing moves constants to the device; once compiled, a step that moves anything by accident is a mistake.
             with jax.transfer_guard("disallow" if player in compiled else "allow"):
                 now, metrics = step(now, others, batch)

@@ -7,6 +7,7 @@ in its place and a weight of zero, and the update is the mean over the samples t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -163,9 +164,11 @@ def make_steps(
     ema_rate: float = 0.1,
     seed: int = 0,
     accumulate: int = 1,
+    shardings: TrainState | None = None,
 ) -> tuple[Step, Step | None]:
     """(student step, critic step or None), jitted: `(state, others, batch) -> (state, metrics)`; the state is donated.
 
+    shardings: how the state lies on the devices, before a step and so after it; None leaves that to the compiler.
     `others` holds the frozen trees that the algorithm reads. Metrics are float32 scalars; besides the objective's own:
     `loss`, `grad_norm`, `lr`, `bad_samples`, `skipped`, `bad_streak`.
     """
@@ -213,5 +216,5 @@ def make_steps(
         changes = {"critic": critic, "critic_opt": opt, "progress": progress}
         return advance(state, size, gradient.kept, learnt, metrics, **changes)
 
-    student = jax.jit(student_step, donate_argnums=0)
-    return student, None if algorithm.critic is None else jax.jit(critic_step, donate_argnums=0)
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    return jit(student_step), None if algorithm.critic is None else jit(critic_step)

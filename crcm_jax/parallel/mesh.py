@@ -1,0 +1,87 @@
+"""The one mesh that a run's arrays lie on: data, fsdp, context and tensor, from `config.mesh`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from crcm_jax.errors import UsageError
+
+AXES = ("data", "fsdp", "context", "tensor")
+"""data: samples. fsdp: samples, and every large array cut up. context: tokens. tensor: heads and feed-forward width."""
+
+SAMPLES = ("data", "fsdp")
+"""The axes over which a batch is cut."""
+
+
+def sizes(config) -> tuple[int, int, int, int]:
+    """The length of each of `AXES`; axes that `config.mesh` does not name, or a config without it, have length one.
+
+    UsageError if `config.mesh` names anything else, a length is not a positive integer, or context is cut.
+    """
+    section = dict(config.get("mesh") or {})
+    for name, value in section.items():
+        if name not in AXES:
+            raise UsageError(f"mesh.{name} is no axis: use {', '.join(AXES)}")
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"mesh.{name}={value!r} must be a positive integer")
+    if section.get("context", 1) > 1:
+        raise UsageError(
+            f"mesh.context={section['context']}: the train step does not cut tokens: use mesh.context=1 and more "
+            "mesh.fsdp or mesh.tensor"
+        )
+    return tuple(section.get(name, 1) for name in AXES)
+
+
+def describe(shape: Sequence[int]) -> str:
+    """`data 2 × fsdp 4`: the axes that are longer than one."""
+    return " × ".join(f"{name} {n}" for name, n in zip(AXES, shape) if n > 1) or "one device"
+
+
+def make(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all there are), laid out so that tensor's neighbours are close.
+
+    A mesh of one device takes the first. UsageError if any other does not match the number of devices, or does not
+    agree with the batch or the heads (`check`).
+    """
+    shape = sizes(config)
+    chips = list(jax.devices() if devices is None else devices)
+    wanted = math.prod(shape)
+    if wanted == 1:
+        chips = chips[:1]
+    if wanted != len(chips):
+        raise UsageError(
+            f"a mesh of {describe(shape)} needs {wanted} devices and there are {len(chips)}: "
+            f"make the product of {', '.join(f'mesh.{name}' for name in AXES)} {len(chips)}"
+        )
+    _check(config, dict(zip(AXES, shape)))
+    grid = mesh_utils.create_device_mesh(shape, chips, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check(config, shape: dict[str, int]) -> None:
+    accumulate = (config.get("optim") or {}).get("accumulate", 1)
+    parts = shape["data"] * shape["fsdp"]
+    batch = config.data.batch_size
+    if parts > 1 and batch % (parts * accumulate):
+        parts_of = f"mesh.data × mesh.fsdp = {parts}" + (
+            f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
+        )
+        raise UsageError(f"data.batch_size={batch} does not divide over {parts_of}: use a multiple of it")
+    if shape["tensor"] == 1:
+        return
+    for role in ("student", *config.get("sizes", {})):
+        heads = {**config.model, **config.get("sizes", {}).get(role, {})}["heads"]
+        if heads % shape["tensor"]:
+            raise UsageError(
+                f"mesh.tensor={shape['tensor']} does not divide the {heads} heads of the {role}: use a divisor"
+            )
+
+
+def samples(mesh: Mesh) -> NamedSharding:
+    """How a batch lies on the mesh: its first axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(SAMPLES))

@@ -1,0 +1,88 @@
+"""Which axis of the mesh cuts which axis of an array: one short table for the Wan family, for every tree of a run.
+
+Parameters, gradients, averages, both optimisers' moments and master weights, teachers and critic have the same leaf
+names, so that the same rules place them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from crcm_jax.objectives.algorithm import Algorithm, GradFn
+
+_ATTENTION = r"blocks/(self|cross)_attn/"
+
+RULES: tuple[tuple[str, P], ...] = (
+    # Stacked layers: the first axis is the scan's and stays whole, so that a step of the scan gathers one layer.
+    (_ATTENTION + r"(q|k|v|k_img|v_img)/kernel", P(None, "fsdp", "tensor")),
+    (_ATTENTION + r"o/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/ffn/up/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/ffn/down/kernel", P(None, "tensor", "fsdp")),
+    # What meets a tensor-parallel activation is cut as that is: heads, or feed-forward width.
+    (_ATTENTION + r"(q|k|v|k_img|v_img)/bias", P(None, "tensor")),
+    (_ATTENTION + r"norm_\w+/scale", P(None, "tensor")),
+    (r"blocks/ffn/up/bias", P(None, "tensor")),
+    (r"outside/.*kernel", P("fsdp", None)),
+)
+"""(regular expression, how that leaf is cut); the first that matches the end of a leaf's name, others stay whole."""
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, str | None]:
+    """(how the leaf called `name` is cut, why an axis that `RULES` would cut is whole instead, or None)."""
+    rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", name)), P())
+    axes, reason = [], None
+    for length, axis in zip(shape, rule):
+        parts = 1 if axis is None else mesh.shape[axis]
+        if length % parts:
+            reason, axis = f"{name} {list(shape)}: {length} does not divide over {axis} = {parts}", None
+        axes.append(axis if parts > 1 else None)
+    return P(*axes), reason
+
+
+def shardings(tree: Any, mesh: Mesh, say: Callable[[str], None] | None = None) -> Any:
+    """A `NamedSharding` for every leaf of `tree` (arrays, or anything with a shape), in its structure.
+
+    say: is told, in one line, of every leaf that stays whole because it does not divide.
+    """
+
+    def place(path, leaf):
+        where, reason = spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
+        if reason and say:
+            say(f"replicated: {reason}")
+        return NamedSharding(mesh, where)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of `tree`: what to load into, or to compile for."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that a tree of arrays, or of shapes with shardings, takes on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def cut_gradients(algorithm: Algorithm, mesh: Mesh) -> Algorithm:
+    """`algorithm` with each gradient cut as its parameters are: summed by reduce-scatter, never held whole."""
+
+    def cut(grad_fn: GradFn | None) -> GradFn | None:
+        if grad_fn is None or mesh.size == 1:
+            return grad_fn
+
+        def placed(params, *args):
+            result, grads = grad_fn(params, *args)
+            return result, jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
+
+        return placed
+
+    return dataclasses.replace(algorithm, student=cut(algorithm.student), critic=cut(algorithm.critic))
