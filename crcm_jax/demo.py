@@ -101,7 +101,9 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
         # In a batch of the judge's size, so that nothing is compiled again.
         shown[title] = make((prompts * BATCH)[:BATCH], range(BATCH))[:SHOWN]
     for title, videos in shown.items():
-        write_video(folder / "clips" / f"{title.replace(' ', '_').replace(',', '')}.gif", np.concatenate(videos, 1))
+        write_video(
+            folder / "clips" / f"{title.replace(' ', '_').replace(',', '')}.gif", np.concatenate(videos, 1), scale=4
+        )
     path = report.write_report(
         folder / "report.html",
         title="Causal-rCM on moving digits",
