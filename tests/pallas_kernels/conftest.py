@@ -30,6 +30,14 @@ def run_mode(name):
     return contextlib.nullcontext()
 
 
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    """Most of the time here goes into compiling small programs for a CPU; compiling them well gains nothing."""
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))
 def backend(request):
     """Name of an implementation, ready to be called."""

@@ -1,5 +1,6 @@
 """The Hopper kernels without a GPU: they lower at Wan's size, pad what no tile divides, and plan like the mask says."""
 
+import functools
 import re
 
 import attention_oracle as oracle
@@ -70,8 +71,8 @@ def test_the_transposed_plan_visits_what_is_seen(shape):
         rows = plan.rows_of(segment, shape.queries, 128)
         predicate = np.pad(predicate, ((0, rows.shape[1] - shape.queries), (0, -keys % 128)), mode="edge")
         predicate[:, keys:] = False
-        for rows_like in (rows, jnp.asarray(rows)):
-            table = np.asarray(plan.transposed_plan_of(rows_like, 64, 128, keys))
+        planned = functools.partial(plan.transposed_plan_of, block_q=64, block_k=128, keys=keys)
+        for table in (planned(rows), np.asarray(jax.jit(planned)(rows))):
             for block, (first, end, *_, inner, inner_end, _, _) in enumerate(table):
                 tiles = predicate[:, block * 128 : (block + 1) * 128].reshape(-1, 64, 128)
                 seen, whole = tiles.any((1, 2)), tiles.all((1, 2))

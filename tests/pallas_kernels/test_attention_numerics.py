@@ -1,7 +1,6 @@
 """Every backend against the float64 oracle: values, tangents, gradients; ordinary and adversarial inputs; dtypes."""
 
 import dataclasses
-import functools
 
 import attention_oracle as oracle
 import jax
@@ -15,8 +14,6 @@ from pallas_kernels.attention.shapes import SMALL, case
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 # float32: a few hundred roundings of 6e-8 add up at random. Lower dtypes: measured against an ideal kernel instead.
 F32_TOLERANCE = 3e-6
-# Most of the time here goes into compiling small programs for a CPU, and nothing is gained by compiling them well.
-QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def draw(case, seed, dtype=F32, scale=1.0):
@@ -77,7 +74,7 @@ def measure(case, implementation, inputs, tangents):
     """(o, lse, ȯ, lse's tangent, gradients) of the backend and the cotangents used."""
     call = caller(case, implementation)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def everything(inputs, tangents, cotangents):
         (o, lse), (do, dlse) = jax.jvp(call, (inputs,), (tangents,))
         grads = jax.vjp(call, inputs)[1](cotangents)[0]
