@@ -36,6 +36,7 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
          "freq_dim": 64, "text_dim": 32, "dtype": "float32", "round_time": False, "remat": "none",
          "attention": placeholder(str)}
     )  # fmt: skip
+    c.mesh = ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
     c.sizes = ConfigDict({"student": {}, "teacher": {}, "real": {}, "critic": {}})
     c.init = ConfigDict({"student": "", "teacher": "", "real": "", "critic": ""})
 
