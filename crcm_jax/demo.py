@@ -32,6 +32,9 @@ STAGES: dict[str, dict[str, Any]] = {
 SCRATCH = {"train.steps": 3000, "data.batch_size": 64}
 """Settings of the bidirectional stage where the shipped teacher is not used."""
 
+PATTERNS = ("c1-1", "c3-3")
+"""Frame by frame, and chunks of three: each pattern goes through all stages."""
+
 SCHEDULES = {4: (15 / 16, 5 / 6, 5 / 8), 2: (5 / 6,), 1: ()}
 CLIPS, BATCH, SHOWN = 200, 50, 8
 
@@ -54,19 +57,23 @@ class Clock:
         print(f"\n[{self.seconds():4.0f} s] {message}", file=sys.stderr, flush=True)
 
 
-def stage_config(training: str, folder: Path, changes: dict[str, Any]) -> ConfigDict:
+def name_of(training: str, pattern: str = PATTERNS[0]) -> str:
+    """The folder of a stage: its training type, and the chunk pattern where that is not frame by frame."""
+    return training if pattern == PATTERNS[0] else f"{training}_{pattern}"
+
+
+def stage_config(training: str, folder: Path, changes: dict[str, Any], pattern: str = PATTERNS[0]) -> ConfigDict:
     """The configuration of one stage of the demo in `folder`."""
-    config = get_config(training)
+    config = get_config(f"{training},{pattern}")
     config.update_from_flattened_dict({"train.save_every": 100, "train.sample_every": 0, **changes})
-    before = {"tf": "bidirectional", "tf_scm": "tf", "sf_dmd": "tf_scm"}
     teacher = folder / "bidirectional"
-    if training != "bidirectional":
-        source = folder / before[training]
-        config.init.student = str(source if source != teacher or teacher.exists() else TEACHER)
+    teacher = str(teacher if teacher.exists() else TEACHER)
+    if training == "tf":
+        config.init.student = teacher
     if training == "tf_scm":
-        config.init.teacher = str(folder / "tf")
+        config.init.student = config.init.teacher = str(folder / name_of("tf", pattern))
     if training == "sf_dmd":
-        config.init.real = str(teacher if teacher.exists() else TEACHER)
+        config.init.student, config.init.real = str(folder / name_of("tf_scm", pattern)), teacher
     return config
 
 
@@ -82,11 +89,14 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     clock = Clock(folder / "clock.json")
-    stages = {"bidirectional": SCRATCH, **STAGES} if from_scratch else STAGES
-    for number, (training, changes) in enumerate(stages.items(), 1):
-        clock.say(f"stage {number} of {len(stages)}: {training}")
-        config = stage_config(training, folder, changes)
-        if int(train(config, folder / training).progress.iteration) < config.train.steps:
+    stages = [(training, pattern, changes) for pattern in PATTERNS for training, changes in STAGES.items()]
+    if from_scratch:
+        stages.insert(0, ("bidirectional", PATTERNS[0], SCRATCH))
+    for number, (training, pattern, changes) in enumerate(stages, 1):
+        clock.say(f"training {number} of {len(stages)}: {name_of(training, pattern)}")
+        config = stage_config(training, folder, changes, pattern)
+        workdir = folder / name_of(training, pattern)
+        if int(train(config, workdir).progress.iteration) < config.train.steps:
             raise UserError("the demo was stopped: the same command goes on from here")
 
     clock.say("training the judge: a classifier of real digits")
@@ -108,11 +118,12 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
         folder / "report.html",
         title="Causal-rCM on moving digits",
         summary="A bidirectional video diffusion model becomes a streaming one in three stages: a causal teacher (tf), "
-        "a few-step student (tf_scm), and that student trained on its own rollouts (sf_dmd).",
+        "a few-step student (tf_scm), and that student trained on its own rollouts (sf_dmd). Frame by frame, and once "
+        "more in chunks of three frames (c3-3).",
         prompts=prompts,
         clips=shown,
         scores={title: scores[name] for name, (title, _) in models(folder).items()},
-        losses={training: folder / training / "metrics.jsonl" for training in stages},
+        losses={name: folder / name / "metrics.jsonl" for name in (name_of(*stage[:2]) for stage in stages)},
         commands=["make demo FROM_SCRATCH=1" if from_scratch else "make demo"],
         facts={"seed": config.seed, "clips judged": CLIPS, "seconds": round(clock.seconds())},
     )
@@ -123,8 +134,8 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
 def models(folder: Path) -> dict[str, tuple[str, producer.Producer]]:
     """Key in metrics.json → (title, producer) of everything that is judged."""
 
-    def few(stage: str, steps: int):
-        config, params, _ = producer.load(folder / stage)
+    def few(training: str, steps: int, pattern: str = PATTERNS[0]):
+        config, params, _ = producer.load(folder / name_of(training, pattern))
         return producer.producer(config, params, producer.few_step_solver(config, (steps,), SCHEDULES[steps]))
 
     config, params, _ = producer.load(folder / "tf")
@@ -136,6 +147,8 @@ def models(folder: Path) -> dict[str, tuple[str, producer.Producer]]:
         "student_4step": ("SF-DMD student, 4 steps", few("sf_dmd", 4)),
         "student_2step": ("SF-DMD student, 2 steps", few("sf_dmd", 2)),
         "student_1step": ("SF-DMD student, 1 step", few("sf_dmd", 1)),
+        "student_4step_c3-3": ("SF-DMD student, chunks of 3, 4 steps", few("sf_dmd", 4, "c3-3")),
+        "student_2step_c3-3": ("SF-DMD student, chunks of 3, 2 steps", few("sf_dmd", 2, "c3-3")),
     }
 
 

@@ -39,7 +39,8 @@ def test_all_stages_lead_to_a_report_and_every_promised_number(small, tmp_path):
     assert page == folder / "report.html" and "data:image/apng" in page.read_text()
     scores = json.loads((folder / "metrics.json").read_text())
     assert scores.pop("wall_seconds") > 0
-    assert list(scores) == ["teacher", "tf_cm_4step", "student_4step", "student_2step", "student_1step"]
+    frame_wise = ["teacher", "tf_cm_4step", "student_4step", "student_2step", "student_1step"]
+    assert list(scores) == [*frame_wise, "student_4step_c3-3", "student_2step_c3-3"]
     for row in scores.values():
         assert {"class_accuracy", "motion_error", "frechet", "diversity", "frames_per_second"} <= set(row)
     assert {path.name for path in (folder / "clips").glob("*.gif")} >= {"real_example.gif"}
