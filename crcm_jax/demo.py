@@ -105,7 +105,8 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
     prompts = heldout_prompts(config, SHOWN)
     shown = {"real example": real_clips(config)(prompts, range(SHOWN))}
     scores: dict[str, Any] = {}
-    for name, (title, make) in models(folder).items():
+    judged = models(folder)
+    for name, (title, make) in judged.items():
         clock.say(f"judging {title}")
         scores[name] = score(make, referee)
         # In a batch of the judge's size, so that nothing is compiled again.
@@ -122,7 +123,7 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
         "more in chunks of three frames (c3-3).",
         prompts=prompts,
         clips=shown,
-        scores={title: scores[name] for name, (title, _) in models(folder).items()},
+        scores={title: scores[name] for name, (title, _) in judged.items()},
         losses={name: folder / name / "metrics.jsonl" for name in (name_of(*stage[:2]) for stage in stages)},
         commands=["make demo FROM_SCRATCH=1" if from_scratch else "make demo"],
         facts={"seed": config.seed, "clips judged": CLIPS, "seconds": round(clock.seconds())},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
+from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
 
 HELP = "bring PyTorch weights in, or hand weights back to PyTorch, bit for bit"
@@ -18,14 +18,9 @@ and this project's own files and checkpoints. Every tensor must find its place a
 written under another name and takes its own when it is whole."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}, see crcm convert --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of `crcm convert`."""
-    p = _Parser(
+    p = Parser(
         "crcm convert", description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}", epilog=f"for example:\n  {EXAMPLE}",
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

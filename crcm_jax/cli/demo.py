@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from crcm_jax.cli._parser import Parser
 
 HELP = "distil a streaming student of moving digits in minutes, and report on it"
 EXAMPLE = "crcm demo --workdir=out/demo"
@@ -11,7 +12,7 @@ EXAMPLE = "crcm demo --workdir=out/demo"
 
 def main(argv: list[str]) -> int:
     """Runs the demo and names its report; returns 0."""
-    p = argparse.ArgumentParser("crcm demo", description=f"{HELP}.", epilog=f"for example: {EXAMPLE}")
+    p = Parser("crcm demo", description=f"{HELP}.", epilog=f"for example: {EXAMPLE}")
     p.add_argument("--workdir", default="out/demo", help="folder of the demo [%(default)s]")
     p.add_argument("--from-scratch", action="store_true", help="train the bidirectional teacher too")
     options = p.parse_args(argv)

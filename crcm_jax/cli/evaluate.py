@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
+from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
 
 HELP = "judge a checkpoint on held-out prompts: digits, motion, Fréchet distances, diversity"
 EXAMPLE = "crcm evaluate --checkpoint=out/sf_dmd --steps=4,2 --out=out/metrics.json"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}, see crcm evaluate --help")
 
 
 def _numbers(kind):
@@ -29,7 +24,7 @@ def _numbers(kind):
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `crcm evaluate`."""
-    p = _Parser("crcm evaluate", description=f"{HELP}.", epilog=f"for example: {EXAMPLE}", allow_abbrev=False)
+    p = Parser("crcm evaluate", description=f"{HELP}.", epilog=f"for example: {EXAMPLE}", allow_abbrev=False)
     p.add_argument("--checkpoint", required=True, help="a run's workdir, a checkpoint folder or a .safetensors file")
     solver = p.add_mutually_exclusive_group(required=True)
     solver.add_argument("--steps", type=_numbers(int), help="a student's steps for each chunk, the last for all others")

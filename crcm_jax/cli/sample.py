@@ -7,8 +7,8 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import NoReturn
 
+from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError, UserError
 
 HELP = "stream videos from a checkpoint or from Wan's weights: mp4, GIF or a PNG of frames"
@@ -19,11 +19,6 @@ for example:
   {EXAMPLE}
   crcm sample --model=wan2.1-t2v-1.3b --weights=weights/causal --prompt="a cat in the rain" --out=clip.mp4 \\
       --steps=4,2 --mid="15/16,5/6,5/8;5/8" --noisy-context"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}, see crcm sample --help")
 
 
 def _list(kind, separator=",", example="4,2"):
@@ -53,7 +48,7 @@ def _times(text: str) -> tuple[tuple[float, ...], ...]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `crcm sample`."""
-    p = _Parser(
+    p = Parser(
         "crcm sample", description=f"{HELP}.", epilog=_EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
