@@ -58,8 +58,10 @@ TRANSFORMS = {
     "conv3d": _permutation(2, 3, 4, 1, 0),
     "patch": Transform(5, lambda a: a.reshape(len(a), -1).T, lambda a: a.T.reshape(a.shape[1], -1, 1, 2, 2)),
     "unit": Transform(3, lambda a: a.reshape(a.shape[1:]), lambda a: a[None]),
+    "units": Transform(3, lambda a: a.reshape(a.shape[2:]), lambda a: a[None, None]),
     "gamma2d": Transform(3, lambda a: a.reshape(a.shape[:1]), lambda a: a[:, None, None]),
     "gamma3d": Transform(4, lambda a: a.reshape(a.shape[:1]), lambda a: a[:, None, None, None]),
+    "stacked": Transform(None, lambda a: a.reshape(a.shape[1:]), lambda a: a[None]),
 }
 """What the name tables' third column means."""
 

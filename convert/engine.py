@@ -26,11 +26,18 @@ Slot = tuple[str, int | None]
 
 
 class Place(NamedTuple):
-    """Where a layout keeps a slot: a tensor, or slice `index` of it, and the transform from there to ours."""
+    """Where a layout keeps a slot: part `part` of `parts` equal ones of a tensor's first axis, and the transform from
+    there to ours."""
 
     name: str
-    index: int | None
+    part: int
+    parts: int
     transform: str
+
+    def rows(self, spec: Spec) -> tuple[int, int] | None:
+        """(first, end) along the first axis of the tensor of `spec`; None for all."""
+        rows = None if self.parts == 1 else spec.shape[0] // self.parts
+        return rows and (self.part * rows, (self.part + 1) * rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +80,12 @@ def places(model: Model, layout: str) -> dict[Slot, Place]:
     layered = {leaf for pattern, leaf, _ in model.family.table("native", model.config) if "{i}" in pattern}
     found: dict[Slot, Place] = {}
     for pattern, leaf, transform in model.family.table(layout, model.config):
+        name, part, parts = models.in_parts(pattern)
         for i in range(model.layers) if leaf in layered else (None,):
             if transform == STACKED:
-                found[leaf, i] = Place(pattern, i, "same")
+                found[leaf, i] = Place(name, i, model.layers, transform)
             else:
-                found[leaf, i] = Place(pattern.replace("{i}", str(i)), None, transform)
+                found[leaf, i] = Place(name.replace("{i}", str(i)), part, parts, transform)
     return found
 
 
@@ -87,24 +95,29 @@ def slot_shape(model: Model, slot: Slot) -> tuple[int, ...]:
     return shape if slot[1] is None else shape[1:]
 
 
+def tensor_shape(model: Model, slot: Slot, place: Place) -> tuple[int, ...]:
+    """The shape of the tensor that holds a slot in the layout of `place`."""
+    first, *rest = shape_after(TRANSFORMS[place.transform].to_theirs, slot_shape(model, slot))
+    return (first * place.parts, *rest)
+
+
 def compare(source: Source, model: Model, layout: str) -> Report:
     """Checks every name and shape; moves aliases and unused tensors of `source` out of the way."""
     family, kept = model.family, places(model, layout)
-    aliases = {alias: name for alias, name in family.aliases.items() if alias in source.specs}
-    passed_over = []
-    for alias, name in aliases.items():
-        if name not in source.specs:
-            source.rename(alias, name)
-        else:
-            if not _equal(source, alias, name):
-                raise UserError(f"{source.path}: {alias} and {name} are one tensor with two contents")
-            passed_over.append(alias)
-    passed_over += [n.replace("{i}", str(i)) for n in family.unused for i in range(model.layers)]
-    passed_over = [name for name in passed_over if name in source.specs]
-    needed: dict[str, tuple[int, ...]] = {}
-    for slot, (name, index, transform) in kept.items():
-        whole = model.leaves[slot[0]] if index is not None else slot_shape(model, slot)
-        needed[name] = shape_after(TRANSFORMS[transform].to_theirs, whole)
+    aliases = {
+        alias.replace("{i}", str(i)): name.replace("{i}", str(i))
+        for alias, name in family.aliases.items()
+        for i in (range(model.layers) if "{i}" in alias else (0,))
+    }
+    aliases = {alias: name for alias, name in aliases.items() if alias in source.specs}
+    passed_over = [alias for alias, name in aliases.items() if name in source.specs]
+    for alias in passed_over:
+        name = aliases.pop(alias)
+        if not _equal(source, alias, name):
+            raise UserError(f"{source.path}: {alias} and {name} are one tensor with two contents")
+    source.rename(aliases)
+    passed_over += filter(family.passes_over, source.specs)
+    needed = {place.name: tensor_shape(model, slot, place) for slot, place in kept.items()}
     misshapen = [
         f"{name} is {list(source.specs[name].shape)}, needed {list(shape)}"
         for name, shape in needed.items()
@@ -166,15 +179,14 @@ def convert(
 def _target_specs(source: Source, model: Model, before, after, dtype: str | None) -> dict[str, Spec]:
     """Types and shapes of the tensors to write; a leaf that stacks layers needs them to be of one type."""
     specs: dict[str, Spec] = {}
-    for slot, (name, index, transform) in after.items():
-        kind = source.specs[before[slot].name].dtype
+    for slot, place in after.items():
+        name, kind = place.name, source.specs[before[slot].name].dtype
         kind = dtype if dtype and kind in arrays.FLOATS else kind
         if name in specs and specs[name].dtype != kind:
             raise UserError(
                 f"the layers of {name} are of types {specs[name].dtype} and {kind}: give --dtype to make them one"
             )
-        whole = model.leaves[slot[0]] if index is not None else slot_shape(model, slot)
-        specs[name] = Spec(kind, shape_after(TRANSFORMS[transform].to_theirs, whole))
+        specs[name] = Spec(kind, tensor_shape(model, slot, place))
     return specs
 
 
@@ -183,10 +195,11 @@ def _move(source: Source, before, after, specs, draft: Any) -> list[str]:
     strange = []
     for slot, to in after.items():
         origin, spec = before[slot], specs[to.name]
-        dtype = source.specs[origin.name].dtype
-        array = TRANSFORMS[origin.transform].to_ours(source.read(origin.name, origin.index))
+        held = source.specs[origin.name]
+        dtype, rows = held.dtype, origin.rows(held)
+        array = TRANSFORMS[origin.transform].to_ours(source.read(origin.name, rows))
         array = TRANSFORMS[to.transform].to_theirs(array)
-        offset = 0 if to.index is None else to.index * (spec.nbytes // spec.shape[0])
+        offset = to.part * (spec.nbytes // to.parts)
         fine = True
         for block in arrays.blocks(array):
             fine = fine and not arrays.unusual(block, dtype)
@@ -194,5 +207,5 @@ def _move(source: Source, before, after, specs, draft: Any) -> list[str]:
             draft.write(to.name, block, offset)
             offset += block.nbytes
         if not fine:
-            strange.append(origin.name if origin.index is None else f"{origin.name}[{origin.index}]")
+            strange.append(origin.name if rows is None else f"{origin.name}[{rows[0]}:{rows[1]}]")
     return strange

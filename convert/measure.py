@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import engine, models
-from convert.arrays import TRANSFORMS, Spec, shape_after
+from convert.arrays import Spec
 from convert.safetensors_file import Reader, Writer
 
 SHARD = 10_000_000_000
@@ -34,7 +34,7 @@ SHARD = 10_000_000_000
 def fill(model: models.Model, folder: Path) -> dict[str, str]:
     """A native folder of normally distributed bfloat16 weights; digests of its tensors."""
     specs = {
-        place.name: Spec("BF16", shape_after(TRANSFORMS[place.transform].to_theirs, engine.slot_shape(model, slot)))
+        place.name: Spec("BF16", engine.tensor_shape(model, slot, place))
         for slot, place in engine.places(model, "native").items()
     }
     shards: list[dict[str, Spec]] = [{}]

@@ -57,6 +57,8 @@ class Family:
 
     layouts: name of a layout → the table of a configuration. infer: shapes and config.json → configuration fields.
     network: configuration → the object whose `init` gives our leaves. sizes: the fields that shapes decide.
+    aliases: second names of tensors, `{i}` for the layer. unused: a regular expression, the names of tensors that come
+    with such models and have no place in them.
     """
 
     name: str
@@ -67,7 +69,11 @@ class Family:
     sizes: tuple[str, ...]
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
-    unused: tuple[str, ...] = ()
+    unused: str = ""
+
+    def passes_over(self, name: str) -> bool:
+        """Whether a foreign tensor is knowingly left out: no network of the family reads it."""
+        return bool(re.fullmatch(self.unused, name))
 
     @property
     def all_layouts(self) -> tuple[str, ...]:
@@ -86,6 +92,12 @@ class Family:
         if layout == "ours":
             return tuple((leaf, leaf, STACKED if "{i}" in theirs else "same") for theirs, leaf, _ in entries)
         return tuple(entries)
+
+
+def in_parts(pattern: str) -> tuple[str, int, int]:
+    """(name, part, parts) of a table's pattern: `name[1/3]` is the second of three equal parts of the first axis."""
+    found = re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", pattern)
+    return (found[1], int(found[2]), int(found[3])) if found else (pattern, 0, 1)
 
 
 def _need(shapes: Shapes, leaf: str) -> tuple[int, ...]:
@@ -245,7 +257,8 @@ def identify(specs: Mapping[str, Spec], said: dict[str, Any], model: str | None 
         for layout in family.all_layouts
     ]
     shapes, layers, family, layout = max(candidates, key=lambda candidate: len(candidate[0]))
-    if 2 * len(shapes) < len(by_pattern) or not shapes:
+    strange = [pattern for pattern, names in by_pattern.items() if not all(map(family.passes_over, names))]
+    if 2 * len(shapes) < len(strange) or not shapes:
         some = ", ".join(list(specs)[:3]) or "none at all"
         here = ", ".join(f.name for f in FAMILIES) if model is None else model
         raise UserError(f"the tensors' names ({some} …) are of no layout known here for {here}")
@@ -265,7 +278,7 @@ def identify(specs: Mapping[str, Spec], said: dict[str, Any], model: str | None 
         ) from error
 
 
-_NUMBER = re.compile(r"\b(blocks?\.)\d+")
+_NUMBER = re.compile(r"\b((?:blocks?|layers|transformer)\.)\d+")
 
 
 def _shapes(
@@ -275,12 +288,14 @@ def _shapes(
     alias = {name: other for other, name in family.aliases.items()}
     found, layers = {}, 0
     for pattern, leaf, transform in family.table(layout):
+        pattern, _, parts = in_parts(pattern)
         names = by_pattern.get(pattern) or by_pattern.get(alias.get(pattern)) or []
         shape = specs[names[0]].shape if names else None
         if shape and transform == STACKED:
             layers, shape = max(layers, shape[0]), shape[1:]
         elif shape:
             rank, to_ours, _ = TRANSFORMS[transform]
+            shape = (shape[0] // parts, *shape[1:])
             shape = shape_after(to_ours, shape) if rank in (None, len(shape)) else None
         if shape is not None:
             found[leaf] = shape

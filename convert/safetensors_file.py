@@ -54,13 +54,13 @@ class Reader:
         if 8 + length + reached != size:
             raise self._flaw(f"it has {size} bytes of {8 + length + reached}")
 
-    def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """The raw elements of a tensor, or of its slice `index` along the first axis."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The raw elements of a tensor, or of `rows` (first, end) of its first axis."""
         dtype, shape = self.specs[name]
         start = self._start[name]
-        if index is not None:
-            shape = shape[1:]
-            start += index * Spec(dtype, shape).nbytes
+        if rows is not None:
+            start += Spec(dtype, (rows[0], *shape[1:])).nbytes
+            shape = (rows[1] - rows[0], *shape[1:])
         count = int(np.prod(shape, dtype=np.int64))
         array = np.fromfile(self.path, raw(dtype), count, offset=start)
         if array.size != count:

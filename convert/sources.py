@@ -33,7 +33,7 @@ _SUBFOLDERS = ("transformer", "vae", "text_encoder")
 
 @dataclasses.dataclass
 class Source:
-    """Tensors by name. `read(name, index)` gives raw elements, of slice `index` along the first axis if it is given.
+    """Tensors by name. `read(name, rows)` gives raw elements: all, or rows (first, end) of the first axis.
 
     kind: what it is, in words. config: a folder's config.json. meta: what one of our files says of itself. notes: what
     was left aside, and why.
@@ -42,16 +42,16 @@ class Source:
     path: Path
     kind: str
     specs: dict[str, Spec]
-    read: Callable[[str, int | None], np.ndarray]
+    read: Callable[[str, tuple[int, int] | None], np.ndarray]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def rename(self, old: str, new: str) -> None:
-        """Gives a tensor another name."""
-        self.specs[new] = self.specs.pop(old)
-        read = self.read
-        self.read = lambda name, index: read(old if name == new else name, index)
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other names: old → new."""
+        self.specs = {names.get(name, name): spec for name, spec in self.specs.items()}
+        read, before = self.read, {new: old for old, new in names.items()}
+        self.read = lambda name, rows: read(before.get(name, name), rows)
 
 
 def open_source(path: str | Path, which: str | None = None) -> Source:
@@ -132,7 +132,7 @@ def _from_safetensors(path: Path, files: list[Path], which: str | None) -> Sourc
     names, notes = _choose(path, groups, which)
     specs = {name: where[stored].specs[stored] for name, stored in names.items()}
     kind = f"{len(files)} .safetensors file{'s' * (len(files) > 1)}"
-    return Source(path, kind, specs, lambda name, index: where[names[name]].read(names[name], index), {}, meta, notes)
+    return Source(path, kind, specs, lambda name, rows: where[names[name]].read(names[name], rows), {}, meta, notes)
 
 
 def _from_torch(path: Path, which: str | None) -> Source:
@@ -156,9 +156,9 @@ def _from_torch(path: Path, which: str | None) -> Source:
         notes.append(f"passed over {', '.join(sorted(aside)[:8])}: no weights")
     specs = {name: reader.spec(name, tensor) for name, tensor in tensors.items()}
 
-    def read(name: str, index: int | None) -> np.ndarray:
+    def read(name: str, rows: tuple[int, int] | None) -> np.ndarray:
         tensor = tensors[name]
-        return reader.read(tensor if index is None else tensor[index])
+        return reader.read(tensor if rows is None else tensor[slice(*rows)])
 
     return Source(path, "PyTorch file", specs, read, notes=notes)
 
@@ -173,8 +173,8 @@ def _from_checkpoint(path: Path, which: str | None) -> Source:
     types = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
     specs = {name: Spec(types[str(array.dtype)], array.shape) for name, array in arrays.items()}
 
-    def read(name: str, index: int | None) -> np.ndarray:
-        array = arrays[name] if index is None else arrays[name][index]
+    def read(name: str, rows: tuple[int, int] | None) -> np.ndarray:
+        array = arrays[name] if rows is None else arrays[name][slice(*rows)]
         return array.view(f"u{array.dtype.itemsize}")
 
     notes = [f"the {which or 'ema'} weights of iteration {meta.get('iteration', '?')}"]

@@ -87,7 +87,7 @@ DIFFUSERS_IMAGE = (
     ("blocks.{i}.attn2.norm_added_k.weight", "blocks.cross_attn.norm_k_img.scale", "same"),
 )
 
-DIFFUSERS_UNUSED = ("blocks.{i}.attn2.norm_added_q.weight",)
+DIFFUSERS_UNUSED = r"blocks\.\d+\.attn2\.norm_added_q\.weight"
 """In published image-to-video folders, and read by no version of the class: passed over."""
 
 RCM_PREFIX = "net."

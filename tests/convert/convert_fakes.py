@@ -9,7 +9,6 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from convert import engine, models
-from convert.arrays import TRANSFORMS, shape_after
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.umt5 import UMT5Config
 from crcm_jax.models.wan.vae_config import WanVAEConfig
@@ -33,10 +32,7 @@ TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 def shapes(model: models.Model, layout: str) -> dict[str, tuple[int, ...]]:
     """The foreign tensors of a model."""
-    return {
-        place.name: shape_after(TRANSFORMS[place.transform].to_theirs, engine.slot_shape(model, slot))
-        for slot, place in engine.places(model, layout).items()
-    }
+    return {place.name: engine.tensor_shape(model, slot, place) for slot, place in engine.places(model, layout).items()}
 
 
 def tensors(model: models.Model, layout: str = "native", seed: int = 0, kind: str | None = None) -> dict:

@@ -98,7 +98,7 @@ def test_every_leaf_of_every_family_is_named_once():
         for layout in model.family.all_layouts:
             places = engine.places(model, layout)
             assert {slot[0] for slot in places} == set(model.leaves)
-            assert len({(place.name, place.index) for place in places.values()}) == len(places)
+            assert len({(place.name, place.part) for place in places.values()}) == len(places)
 
 
 def test_a_type_can_be_chosen(tmp_path):
