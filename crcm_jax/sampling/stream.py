@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crcm_jax import flow
+from crcm_jax import compiler, flow
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition, Network
 from crcm_jax.models.guidance import combine
@@ -132,7 +132,17 @@ def generate(network: Network, params, cond: Condition, key, **options) -> jax.A
     return jnp.concatenate(list(stream(network, params, cond, key, **options)), 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(11,))
+def _jit(**options):
+    """`jax.jit` with the options of the compiler, which are known only once there is a device."""
+
+    def decorate(function):
+        jitted = functools.cache(lambda: jax.jit(function, compiler_options=compiler.options(), **options))
+        return functools.wraps(function)(lambda *args: jitted()(*args))
+
+    return decorate
+
+
+@_jit(static_argnums=(0, 1, 2, 3, 4), donate_argnums=(11,))
 def _chunk(network, guided, few, noisy, guidance, params, x, z, times, n, cond, cache, chunk):
     """One chunk from noise to x0, and the cache with it; n of `times` are used, then 0."""
 
@@ -154,23 +164,21 @@ def _chunk(network, guided, few, noisy, guidance, params, x, z, times, n, cond, 
     def step(i, x):
         return advance(i, x, merge(network.velocity(params, double(x), at(times[i]), cond, cache=cache, chunk=chunk)))
 
-    x = x * times[0]
-    x = jax.lax.fori_loop(0, n - 1, step, x)
+    x = jax.lax.fori_loop(0, n - noisy, step, x * times[0])
     if noisy:
         # The last denoising pass is also the one that later chunks will see.
         v, cache = network.velocity_and_append(params, double(x), at(times[n - 1]), cond, cache, chunk=chunk)
         return advance(n - 1, x, merge(v)), cache
-    x = step(n - 1, x)
     return x, network.append(params, double(x), at(0.0), cond, cache, chunk=chunk)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_jit(static_argnums=0)
 def _prepared(network, params, cond):
     """The condition with everything done to it that all chunks and steps would otherwise repeat."""
     return network.prepare(params, cond)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(6,))
+@_jit(static_argnums=(0, 1), donate_argnums=(6,))
 def _append(network, guided, params, x, t, cond, cache):
     """The cache with a given first frame as chunk 0."""
     x = jnp.concatenate([x, x]) if guided else x
