@@ -16,6 +16,7 @@ _BASES = {
     "wan2.1-vae": ("Wan-AI/Wan2.1-T2V-1.3B", "apache-2.0"),
     "wan2.2-vae": ("Wan-AI/Wan2.2-TI2V-5B", "unknown"),
     "umt5-xxl": ("google/umt5-xxl", "apache-2.0"),
+    "clip-vit-h14": ("Wan-AI/Wan2.1-I2V-14B-480P", "apache-2.0"),
 }
 
 _HOW_TO_LOAD = {
@@ -23,6 +24,7 @@ _HOW_TO_LOAD = {
     "wan2.1-vae": "diffusers.AutoencoderKLWan",
     "wan2.2-vae": "diffusers.AutoencoderKLWan",
     "umt5": "transformers.UMT5EncoderModel",
+    "clip-vision": "transformers.CLIPVisionModel",
 }
 
 

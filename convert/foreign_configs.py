@@ -1,7 +1,7 @@
 """config.json of the PyTorch classes that load our exports.
 
-These are `WanTransformer3DModel` and `AutoencoderKLWan` of diffusers and `UMT5EncoderModel` of transformers; the fields
-are the classes' own arguments.
+These are `WanTransformer3DModel` and `AutoencoderKLWan` of diffusers, `UMT5EncoderModel` and `CLIPVisionModel` (with
+its projection, if there is one) of transformers; the fields are the classes' own arguments.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ def of(model: models.Model) -> dict[str, Any]:
         return _transformer(model.config)
     if model.family is models.UMT5:
         return _umt5(model.config)
+    if model.family is models.CLIP:
+        return _clip(model.config)
     return _vae(model.config)
 
 
@@ -70,6 +72,23 @@ def _vae(c: Any) -> dict[str, Any]:
         "temperal_downsample": list(c.temporal),
         "z_dim": c.channels,
         **(residual if c.residual else {}),
+    }
+
+
+def _clip(c: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPVisionModel" if c.projection is None else "CLIPVisionModelWithProjection"],
+        "hidden_act": "gelu",
+        "hidden_size": c.dim,
+        "image_size": c.image,
+        "intermediate_size": c.ffn_dim,
+        "layer_norm_eps": c.eps,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": c.heads,
+        "num_channels": 3,
+        "num_hidden_layers": c.layers,
+        "patch_size": c.patch,
+        "projection_dim": c.projection or 512,
     }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from convert.arrays import TRANSFORMS, Spec, shape_after
-from convert.tables import umt5, wan_transformer, wan_vae
+from convert.tables import clip_vision, umt5, wan_transformer, wan_vae
 from crcm_jax.errors import UsageError, UserError
+from crcm_jax.models.wan.clip import CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.umt5 import UMT5Config
 from crcm_jax.models.wan.vae_config import WanVAEConfig
@@ -220,7 +222,45 @@ UMT5 = Family(
     aliases=umt5.TRANSFORMERS_ALIASES,
 )  # fmt: skip
 
-FAMILIES = (TRANSFORMER, VAE_21, VAE_22, UMT5)
+# The image encoder
+
+
+def _clip(shapes: Shapes, said: dict[str, Any]) -> dict[str, Any]:
+    patch, _, _, dim = _need(shapes, "patch_embedding")
+    projection = shapes.get("projection")
+    heads = next((said[key] for key in ("heads", "num_attention_heads") if said.get(key)), None)
+    if heads is None and dim != 1280:
+        raise UsageError(f"nothing tells how many heads share the width {dim}: give --heads")
+    return {
+        "dim": dim,
+        "ffn_dim": _need(shapes, "layers/mlp/up/kernel")[1],
+        "heads": heads or 16,  # of ViT-H
+        "layers": shapes[LAYERS][0],
+        "image": patch * math.isqrt(_need(shapes, "position")[0] - 1),
+        "patch": patch,
+        "projection": projection and projection[1],
+    }
+
+
+def _clip_network(config: Any) -> Any:
+    from crcm_jax.models.wan.clip import CLIPVision
+
+    return CLIPVision(config)
+
+
+def _projects(config: Any) -> bool:
+    return config is None or config.projection is not None
+
+
+CLIP = Family(
+    "clip-vision", CLIPVisionConfig,
+    {"native": lambda c: clip_vision.native(_projects(c)),
+     "diffusers": lambda c: clip_vision.transformers(_projects(c))},
+    _clip, _clip_network, ("dim", "ffn_dim", "heads", "layers", "image", "patch", "projection"),
+    aliases=clip_vision.TRANSFORMERS_ALIASES, unused=clip_vision.UNUSED,
+)  # fmt: skip
+
+FAMILIES = (TRANSFORMER, VAE_21, VAE_22, UMT5, CLIP)
 
 KNOWN = {
     "wan2.1-t2v-1.3b": (TRANSFORMER, WanConfig.t2v_1_3b()),
@@ -230,6 +270,7 @@ KNOWN = {
     "wan2.1-vae": (VAE_21, WanVAEConfig.wan21()),
     "wan2.2-vae": (VAE_22, WanVAEConfig.wan22()),
     "umt5-xxl": (UMT5, UMT5Config.xxl()),
+    "clip-vit-h14": (CLIP, CLIPVisionConfig.vit_h14()),
 }
 """Published models by the names that `--model` takes."""
 
@@ -289,7 +330,8 @@ def _shapes(
     found, layers = {}, 0
     for pattern, leaf, transform in family.table(layout):
         pattern, _, parts = in_parts(pattern)
-        names = by_pattern.get(pattern) or by_pattern.get(alias.get(pattern)) or []
+        pattern = pattern if pattern in by_pattern else alias.get(pattern, pattern)
+        names = by_pattern.get(pattern, [])
         shape = specs[names[0]].shape if names else None
         if shape and transform == STACKED:
             layers, shape = max(layers, shape[0]), shape[1:]

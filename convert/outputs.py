@@ -15,7 +15,7 @@ import numpy as np
 
 from convert import card, foreign_configs, safetensors_file, torch_file
 from convert.arrays import Spec
-from convert.models import UMT5, Model
+from convert.models import CLIP, UMT5, Model
 from convert.sources import Source
 from convert.tables.wan_transformer import RCM_PREFIX
 from crcm_jax.errors import UsageError, UserError
@@ -130,7 +130,7 @@ class Draft:
                 size = 0
             groups[-1].append(name)
             size += spec.nbytes
-        stem = "model" if self.model.family is UMT5 else "diffusion_pytorch_model"
+        stem = "model" if self.model.family in (UMT5, CLIP) else "diffusion_pytorch_model"
         if len(groups) == 1:
             return {f"{stem}.safetensors": groups[0]}
         return {f"{stem}-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}

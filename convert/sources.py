@@ -28,7 +28,7 @@ _PREFIXES = ("net_ema.", "net_fake_score.", "net.", "generator_ema.", "generator
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _LEADING = ("model.diffusion_model.", "model.", "net.", "module.")
 _INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
-_SUBFOLDERS = ("transformer", "vae", "text_encoder")
+_SUBFOLDERS = ("transformer", "vae", "text_encoder", "image_encoder")
 
 
 @dataclasses.dataclass

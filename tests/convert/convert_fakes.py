@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from convert import engine, models
+from crcm_jax.models.wan.clip import CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.umt5 import UMT5Config
 from crcm_jax.models.wan.vae_config import WanVAEConfig
@@ -25,6 +26,14 @@ TINY = {
     ),
     "umt5": models.Model(
         models.UMT5, "umt5", UMT5Config(vocabulary=40, dim=16, heads=2, head_dim=8, ffn_dim=24, layers=3)
+    ),
+    "clip": models.Model(
+        models.CLIP,
+        "clip-vision",
+        CLIPVisionConfig(dim=12, ffn_dim=20, heads=2, layers=3, image=6, patch=2, projection=5),
+    ),
+    "clip-bare": models.Model(
+        models.CLIP, "clip-vision", CLIPVisionConfig(dim=12, ffn_dim=20, heads=2, layers=3, image=6, patch=2)
     ),
 }
 TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}

@@ -120,6 +120,26 @@ def test_tensors_that_no_network_reads_are_passed_over(tmp_path):
     assert len(found) == len(theirs) - 3 and "passed over, in no network: blocks.0.attn2.norm_added_q.weight" in said
 
 
+def test_the_vision_tower_out_of_the_whole_of_clip(tmp_path):
+    """The text tower is passed over; fused projections are taken apart, and names without their prefix are known."""
+    model = fakes.TINY["clip"]
+    native = fakes.tensors(model)
+    text = {f"textual.blocks.{i}.attn.q.weight": np.ones((4, 4), np.float32) for i in range(24)}
+    whole = {**native, **text, "textual.token_embedding.weight": np.ones((9, 4), np.float32),
+             "log_scale": np.ones((), np.float32)}  # fmt: skip
+    found, said = convert(fakes.save(tmp_path / "a.safetensors", whole), tmp_path / "a", "diffusers")
+    assert "native layout of clip-vision" in said and "passed over, in no network: log_scale, textual." in said
+    fused = native["visual.transformer.2.attn.to_qkv.weight"]
+    for i, x in enumerate("qkv"):
+        part = found[f"vision_model.encoder.layers.2.self_attn.{x}_proj.weight"]
+        np.testing.assert_array_equal(part, fused[12 * i : 12 * (i + 1)])
+    np.testing.assert_array_equal(found["visual_projection.weight"], native["visual.head"].T)
+    bare = {name.removeprefix("vision_model."): array for name, array in found.items()}
+    bare["embeddings.position_ids"] = np.arange(10)[None]
+    again, _ = convert(fakes.save(tmp_path / "b.safetensors", bare), tmp_path / "c.safetensors", "native")
+    assert fakes.same(again, native)
+
+
 @pytest.mark.parametrize("form", ["run", "run.safetensors"])
 def test_our_own_checkpoint_with_its_recipe_on_the_card(tmp_path, form):
     tree = MODEL.family.network(MODEL.config).init(jax.random.key(0))
@@ -172,18 +192,21 @@ def test_safetensors_need_no_torch(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "n.safetensors", "o.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["t2v", "i2v", "vae21", "vae22", "umt5"])
+@pytest.mark.parametrize("name", ["t2v", "i2v", "vae21", "vae22", "umt5", "clip", "clip-bare"])
 def test_the_classes_of_pytorch_load_what_is_written(torch, tmp_path, name):
     """Strictly, and with every byte in its place."""
     reason = "needs diffusers and transformers (pip install -e .[parity])"
     diffusers, transformers = (pytest.importorskip(library, reason=reason) for library in ("diffusers", "transformers"))
     model, native = fakes.TINY[name], fakes.tensors(fakes.TINY[name], kind="F32")
     found, _ = convert(fakes.save(tmp_path / "n.safetensors", native), tmp_path / "d", "diffusers")
-    kind = {"umt5": transformers.UMT5EncoderModel}.get(name)
+    kind = {"umt5": transformers.UMT5EncoderModel, "clip": transformers.CLIPVisionModelWithProjection,
+            "clip-bare": transformers.CLIPVisionModel}.get(name)  # fmt: skip
     kind = kind or (diffusers.AutoencoderKLWan if name.startswith("vae") else diffusers.WanTransformer3DModel)
     loaded, info = kind.from_pretrained(tmp_path / "d", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     state = {n: t.numpy() for n, t in loaded.state_dict().items() if n != "encoder.embed_tokens.weight"}
+    if name == "clip-bare":
+        found = {n.removeprefix("vision_model."): array for n, array in found.items()}
     assert fakes.same(state, found)
     if name.startswith("vae"):
         assert tuple(loaded.config.latents_mean) == model.config.mean
