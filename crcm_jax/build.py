@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import Mesh
 
 from crcm_jax import flow
 from crcm_jax.chunks import ChunkPattern
@@ -20,6 +21,7 @@ from crcm_jax.objectives.algorithm import Algorithm, gradient_of
 from crcm_jax.objectives.sf_dmd import Scores, critic, sf_dmd, sf_dmd_replayed
 from crcm_jax.objectives.tf_dcm import tf_dcm
 from crcm_jax.objectives.tf_scm import tf_scm
+from crcm_jax.parallel.placement import Placement
 from crcm_jax.schedule import StepPlan
 from crcm_jax.train.weights import load_params
 
@@ -33,14 +35,16 @@ def chunk_pattern(config) -> ChunkPattern:
     return pattern
 
 
-def network(config, role: str = "student") -> Network:
+def network(config, role: str = "student", mesh: Mesh | None = None) -> Network:
     """The network of a role: `student` and `teacher` (causal unless the run is bidirectional), `real`, `critic`.
 
     The teacher, the real score and the critic may have another size: `config.sizes.<role>` overrides `config.model`.
+    mesh: what its arrays will lie on; None is one device, whatever `config.mesh` says.
     """
     sizes = {**config.model, **config.sizes.get(role, {})}
     bidirectional = role in ("real", "critic") or config.training == "bidirectional"
-    return WanTransformer(WanConfig(**_tuples(sizes)), None if bidirectional else chunk_pattern(config))
+    chunks = None if bidirectional else chunk_pattern(config)
+    return WanTransformer(WanConfig(**_tuples(sizes)), chunks, Placement(mesh))
 
 
 def codec(config) -> Codec:
@@ -77,19 +81,19 @@ def rollout_plan(config) -> StepPlan:
     return StepPlan(tuple(r.steps), times, r.noisy_context, r.context_start)
 
 
-def algorithm(config) -> Algorithm:
-    """The training type of `config`, with its losses bound to their networks and constants."""
+def algorithm(config, mesh: Mesh | None = None) -> Algorithm:
+    """The training type of `config`, with its losses bound to their networks, on `mesh` if given, and constants."""
     if config.training not in TRAINING_TYPES:
         raise UserError(f"training type {config.training!r} is not one of {', '.join(TRAINING_TYPES)}")
     return {
         "bidirectional": _diffusion, "tf": _diffusion, "df": _diffusion,
         "tf_dcm": _consistency, "tf_scm": _consistency, "tf_dscm": _consistency,
         "sf_dmd": _matching, "tf_scm_sf_dmd": _matching,
-    }[config.training](config)  # fmt: skip
+    }[config.training](config, mesh)  # fmt: skip
 
 
-def _diffusion(config) -> Algorithm:
-    o, net = config.objective, network(config)
+def _diffusion(config, mesh) -> Algorithm:
+    o, net = config.objective, network(config, mesh=mesh)
     constants = {"times": flow.time_distribution(**o.times), "weighting": o.weighting, "scale": o.scale}
     if config.training != "bidirectional":
         constants["chunks"] = chunk_pattern(config)
@@ -107,17 +111,17 @@ def _diffusion(config) -> Algorithm:
     return Algorithm(student=gradient_of(loss))
 
 
-def _consistency(config) -> Algorithm:
+def _consistency(config, mesh) -> Algorithm:
     losses = [
-        {"tf_dcm": _tf_dcm, "tf_scm": _tf_scm}[name](config)
+        {"tf_dcm": _tf_dcm, "tf_scm": _tf_scm}[name](config, mesh)
         for name in ("tf_dcm", "tf_scm")
         if config.training in (name, "tf_dscm")
     ]
     return Algorithm(student=_summed([gradient_of(loss) for loss in losses]), reads=("teacher",))
 
 
-def _tf_dcm(config):
-    o, net, teacher = config.objective, network(config), network(config, "teacher")
+def _tf_dcm(config, mesh):
+    o, net, teacher = config.objective, network(config, mesh=mesh), network(config, "teacher", mesh)
     constants = {
         "teacher_network": teacher, "chunks": chunk_pattern(config), "guidance": o.guidance, "levels": o.levels,
         "skip": o.skip, "time_shift": o.time_shift, "context_noise": _context_noise(config), "scale": o.scale,
@@ -131,8 +135,8 @@ def _tf_dcm(config):
     return loss
 
 
-def _tf_scm(config):
-    o, net, teacher = config.objective, network(config), network(config, "teacher")
+def _tf_scm(config, mesh):
+    o, net, teacher = config.objective, network(config, mesh=mesh), network(config, "teacher", mesh)
     constants = {
         "teacher_network": teacher, "chunks": chunk_pattern(config), "times": flow.time_distribution(**o.times),
         "guidance": o.guidance, "warmup": o.warmup, "context_noise": _context_noise(config),
@@ -148,8 +152,9 @@ def _tf_scm(config):
     return loss
 
 
-def _matching(config) -> Algorithm:
-    d, net, real, fake = config.dmd, network(config), network(config, "real"), network(config, "critic")
+def _matching(config, mesh) -> Algorithm:
+    d, net = config.dmd, network(config, mesh=mesh)
+    real, fake = network(config, "real", mesh), network(config, "critic", mesh)
     times = flow.time_distribution(**d.times)
     rolled = {"plan": rollout_plan(config), "chunks": chunk_pattern(config)}
     joint = config.training == "tf_scm_sf_dmd"
@@ -176,7 +181,7 @@ def _matching(config) -> Algorithm:
 
     student = replayed if d.replayed else gradient_of(direct)
     if joint:
-        student = _after(config.objective.warmup, gradient_of(_tf_scm(config)), student)
+        student = _after(config.objective.warmup, gradient_of(_tf_scm(config, mesh)), student)
     return Algorithm(
         student=student,
         critic=gradient_of(critic_loss),

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     room = ahead.hbm(chips[0])
     with blame_config():
         mesh = meshes.make(config, chips)
-        algorithm = build.algorithm(config)
+        algorithm = build.algorithm(config, mesh)
         arguments = ahead.inputs(config, algorithm, mesh)
     shape = tuple(mesh.shape.values())
     print(

@@ -9,19 +9,20 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from crcm_jax import build
 from crcm_jax.errors import UsageError
+from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.parallel import placement
 
 AXES = ("data", "fsdp", "context", "tensor")
-"""data: samples. fsdp: samples, and every large array cut up. context: tokens. tensor: heads and feed-forward width."""
-
-SAMPLES = ("data", "fsdp")
-"""The axes over which a batch is cut."""
+"""data: samples. fsdp: samples, and every large array cut up. context: the tokens of each frame. tensor: heads and
+feed-forward width."""
 
 
 def sizes(config) -> tuple[int, int, int, int]:
     """The length of each of `AXES`; axes that `config.mesh` does not name, or a config without it, have length one.
 
-    UsageError if `config.mesh` names anything else, a length is not a positive integer, or context is cut.
+    UsageError if `config.mesh` names anything else, or a length is not a positive integer.
     """
     section = dict(config.get("mesh") or {})
     for name, value in section.items():
@@ -29,11 +30,6 @@ def sizes(config) -> tuple[int, int, int, int]:
             raise UsageError(f"mesh.{name} is no axis: use {', '.join(AXES)}")
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"mesh.{name}={value!r} must be a positive integer")
-    if section.get("context", 1) > 1:
-        raise UsageError(
-            f"mesh.context={section['context']}: the train step does not cut tokens: use mesh.context=1 and more "
-            "mesh.fsdp or mesh.tensor"
-        )
     return tuple(section.get(name, 1) for name in AXES)
 
 
@@ -72,16 +68,17 @@ def _check(config, shape: dict[str, int]) -> None:
             f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
         )
         raise UsageError(f"data.batch_size={batch} does not divide over {parts_of}: use a multiple of it")
-    if shape["tensor"] == 1:
+    if shape["context"] * shape["tensor"] == 1:
         return
+    _, height, width, _ = build.codec(config).latent_shape(config.data.frames, config.data.height, config.data.width)
     for role in ("student", *config.get("sizes", {})):
-        heads = {**config.model, **config.get("sizes", {}).get(role, {})}["heads"]
-        if heads % shape["tensor"]:
-            raise UsageError(
-                f"mesh.tensor={shape['tensor']} does not divide the {heads} heads of the {role}: use a divisor"
-            )
+        model = {**config.model, **config.get("sizes", {}).get(role, {})}
+        _, ph, pw = model.get("patch", WanConfig.patch)
+        lack = placement.indivisible(shape, model["heads"], (height // ph) * (width // pw))
+        if lack:
+            raise UsageError(f"{lack} of the {role}: use a divisor")
 
 
 def samples(mesh: Mesh) -> NamedSharding:
     """How a batch lies on the mesh: its first axis over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(SAMPLES))
+    return NamedSharding(mesh, PartitionSpec(placement.SAMPLES))

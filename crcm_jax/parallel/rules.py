@@ -10,13 +10,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crcm_jax.objectives.algorithm import Algorithm, GradFn
+if TYPE_CHECKING:
+    from crcm_jax.objectives.algorithm import Algorithm, GradFn
 
 _ATTENTION = r"blocks/(self|cross)_attn/"
 

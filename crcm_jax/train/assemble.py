@@ -79,7 +79,7 @@ def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
 def train(config, workdir: str | Path, sampler: Sampler | None = None) -> TrainState:
     """Assembles what `config` describes and runs it in `workdir`; see `run`. `sampler` writes clips as it goes."""
     with blame_config():
-        algorithm = build.algorithm(config)
+        algorithm = build.algorithm(config, meshes.make(config))
         codec, text_encoder = build.codec(config), build.text_encoder(config)
         data = pipeline.make(config, codec=codec, text_encoder=text_encoder)
     init = initial(config, algorithm, text_encoder([""]))

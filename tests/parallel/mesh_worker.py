@@ -26,7 +26,9 @@ MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
     "tensor": {"tensor": 8},
+    "context": {"data": 2, "context": 4},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+    "all": {"fsdp": 2, "context": 2, "tensor": 2},
 }
 QUICK = {"tf_scm": ("one", "mixed"), "sf_dmd": ("one", "mixed")}
 EVERYTHING = {training: tuple(MESHES) for training in ("tf", "tf_scm", "sf_dmd")}
@@ -70,7 +72,7 @@ def run(c, *batches):
     What a player's step yields: its metrics, and its gradient, read off the optimiser's first moment.
     """
     mesh = meshes.make(c)
-    algorithm = rules.cut_gradients(build.algorithm(c), mesh)
+    algorithm = rules.cut_gradients(build.algorithm(c, mesh), mesh)
     optimizer, critic_optimizer = Optimizer.from_config(c.optim), Optimizer.from_config(c.critic_optim)
     tree = jax.eval_shape(build.network(c).init, jax.random.key(0))
     params = random_like(tree, 0)

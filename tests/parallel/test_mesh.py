@@ -57,7 +57,7 @@ def config(batch=8, heads=6, **mesh):
         ({"fdsp": 2}, "mesh.fdsp is no axis"),
         ({"data": 0}, "positive integer"),
         ({"data": 3}, "needs 3 devices and there are 4"),
-        ({"context": 4}, "mesh.context=4"),
+        ({"context": 2, "tensor": 2}, "mesh.tensor × mesh.context = 4 does not divide the 6 heads of the student"),
         ({"tensor": 4}, "does not divide the 6 heads of the student"),
     ],
 )
@@ -65,6 +65,18 @@ def test_a_mesh_that_cannot_be_is_one_sentence(mesh, says):
     with pytest.raises(UsageError, match=says) as error:
         meshes.make(config(**mesh), jax.devices() * 4)
     assert "\n" not in str(error.value)
+
+
+def test_tokens_that_do_not_divide_are_one_sentence():
+    with pytest.raises(UsageError, match="mesh.context=8 does not divide the 4 tokens of a frame of the student"):
+        meshes.make(config(heads=8, context=8), jax.devices() * 8)
+
+
+def test_the_teacher_has_to_divide_as_well():
+    c = config(heads=8, tensor=4)
+    c.sizes.teacher = ConfigDict({"heads": 6, "dim": 48})
+    with pytest.raises(UsageError, match="mesh.tensor=4 does not divide the 6 heads of the teacher"):
+        meshes.make(c, jax.devices() * 4)
 
 
 def test_a_batch_that_does_not_divide_is_one_sentence():

@@ -8,12 +8,15 @@ module's compute dtype.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from crcm_jax.models.wan.split_attention import attend_cached
+from crcm_jax.parallel.placement import Placement
 from pallas_kernels.attention import Cached, Full, Mask, attention
 
 
@@ -95,9 +98,9 @@ def modulate(x, shift, scale):
 def rotate(x, rope):
     """Rotary embedding of interleaved channel pairs (2k, 2k+1).
 
-    x `[batch, token, head, channel]`; rope = (cos, sin), each `[token, channel/2]`, in wide precision.
+    x `[batch, frame, token, head, channel]`; rope = (cos, sin), each `[frame, token, channel/2]`, in wide precision.
     """
-    cos, sin = (table[None, :, None, :] for table in rope)
+    cos, sin = (table[None, :, :, None, :] for table in rope)
     pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
@@ -109,33 +112,35 @@ class Attention(nnx.Module):
     With `image`, a second set of keys and values for image tokens, whose output is added (Wan2.1 I2V).
     """
 
-    def __init__(self, dim: int, heads: int, eps: float, *, image: bool, init, dtype, implementation, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, heads: int, eps: float, *, image: bool, init, dtype, implementation, placement: Placement,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
         linear = lambda: Linear(dim, dim, init=init, dtype=dtype, rngs=rngs)  # noqa: E731
         self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
         self.norm_q, self.norm_k = RmsNorm(dim, eps, dtype), RmsNorm(dim, eps, dtype)
         if image:
             self.k_img, self.v_img, self.norm_k_img = linear(), linear(), RmsNorm(dim, eps, dtype)
-        self.heads, self.implementation = heads, implementation
+        self.heads, self.implementation, self.placement = heads, implementation, placement
 
     def _split(self, x):
-        """`[batch, …, heads·channel]` → `[batch, token, head, channel]`."""
-        return x.reshape(x.shape[0], -1, self.heads, x.shape[-1] // self.heads)
+        """`[…, heads·channel]` → `[…, head, channel]`."""
+        return x.reshape(*x.shape[:-1], self.heads, -1)
 
     def project(self, x, rope):
-        """Rotated queries and keys, and values, `[batch, token, head, channel]`, of tokens x."""
+        """Rotated queries and keys, and values, `[batch, frame·token, head, channel]`, of tokens x."""
         q, k = (
             rotate(self._split(norm(linear(x))), rope)
             for norm, linear in ((self.norm_q, self.q), (self.norm_k, self.k))
         )
-        return q, k, self._split(self.v(x))
+        return tuple(self.placement.to_heads(y) for y in (q, k, self._split(self.v(x))))
 
     def attend(self, x, q, k, v, *, context=None, mask: Mask):
         """Output projection of the attention of q over k, v (and the context's keys and values); shaped like x."""
-        if isinstance(mask, Cached):
-            out = attend_cached(q, k, v, context, mask, self.implementation)
-        else:
-            out = attention(q, k, v, context=context, mask=mask, implementation=self.implementation)
-        return self.o(checkpoint_name(out.reshape(*x.shape[:-1], -1), "attention"))
+        call = attend_cached if isinstance(mask, Cached) else attention
+        call = functools.partial(call, implementation=self.implementation)
+        out = self.placement.to_tokens(self.placement.attend(call, q, k, v, context=context, mask=mask), x.shape[1])
+        return self.o(checkpoint_name(out.reshape(x.shape), "attention"))
 
     def text_keys(self, text):
         """Keys and values of the text tokens, the same for every stream of a layer."""
@@ -148,5 +153,6 @@ class Attention(nnx.Module):
     def cross(self, x, *sources):
         """Cross-attention of tokens x over each (keys, values) of `sources`, outputs added. No rotation, no mask."""
         q = self._split(self.norm_q(self.q(x)))
-        outs = [attention(q, k, v, mask=Full(), implementation=self.implementation) for k, v in sources]
+        call = functools.partial(attention, mask=Full(), implementation=self.implementation)
+        outs = [self.placement.attend_across(call, q, k, v) for k, v in sources]
         return self.o(sum(outs).reshape(x.shape))

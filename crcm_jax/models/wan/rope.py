@@ -16,7 +16,7 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 
 def table(start, frames: int, total: int, height: int, width: int, head_dim: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of every channel pair's angle, each `[frame·height·width, head_dim/2]`, pairs ordered (t, y, x).
+    """(cos, sin) of every channel pair's angle, each `[frame, height·width, head_dim/2]`, pairs ordered (t, y, x).
 
     The frames are `start` (an int or a traced integer) … start + frames − 1 of a clip of `total`. Each axis is worked
     out on the host in float64, since a float32 product of index and frequency would lose digits; only the small
@@ -33,4 +33,4 @@ def table(start, frames: int, total: int, height: int, width: int, head_dim: int
             along = [1, 1, 1, channels // 2]
             along[axis] = shape[axis]
             out.append(jnp.broadcast_to(values.reshape(along), (*shape, channels // 2)))
-    return tuple(jnp.concatenate(parts, -1).reshape(-1, head_dim // 2) for parts in (cosines, sines))
+    return tuple(jnp.concatenate(parts, -1).reshape(frames, -1, head_dim // 2) for parts in (cosines, sines))

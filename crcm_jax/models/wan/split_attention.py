@@ -23,7 +23,7 @@ COST = 0.02
 """What one more part costs, as a fraction of the attention: copies of queries, and outputs to add up (measured)."""
 
 
-def attend_cached(q, k, v, context, mask: Cached, implementation: str | None):
+def attend_cached(q, k, v, *, context, mask: Cached, implementation: str | None):
     """`attention` under a `Cached` mask, in as many parts as suit the device. q `[batch, token, head, channel]`."""
     parts = choose_parts(q.shape) if _hopper_kernel(q, implementation) else 1
     if parts == 1:

@@ -22,6 +22,7 @@ from crcm_jax.models.base import Cache, Condition, Params
 from crcm_jax.models.wan import layers as wan
 from crcm_jax.models.wan import rope
 from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.parallel.placement import ONE_DEVICE, Placement
 from pallas_kernels.attention import BlockCausal, Cached, Full, TeacherForcing
 
 TIME_SCALE = 1000.0
@@ -31,9 +32,9 @@ TIME_SCALE = 1000.0
 class Block(nnx.Module):
     """One transformer layer (spec 1.2 step 4)."""
 
-    def __init__(self, c: WanConfig, rngs: nnx.Rngs):
+    def __init__(self, c: WanConfig, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE):
         dtype, near = jnp.dtype(c.dtype), nnx.initializers.truncated_normal(1 / math.sqrt(c.dim))
-        heads = {"init": near, "dtype": dtype, "implementation": c.attention, "rngs": rngs}
+        heads = {"init": near, "dtype": dtype, "implementation": c.attention, "placement": placement, "rngs": rngs}
         self.modulation = nnx.Param(near(rngs.params(), (6, c.dim), jnp.float32))
         self.self_attn = wan.Attention(c.dim, c.heads, c.eps, image=False, **heads)
         self.cross_attn = wan.Attention(c.dim, c.heads, c.eps, image=c.image_dim is not None, **heads)
@@ -146,7 +147,8 @@ class Outside(nnx.Module):
 class Prepared:
     """A condition as the layers look at it, worked out once for many passes (`WanTransformer.prepare`).
 
-    sources: (keys, values) of the text and, if there is one, of the image, `[layer, batch, token, head, channel]`.
+    sources: (keys, values) of the text and, if there is one, of the image, `[layer, batch, token, head, channel]`; of a
+        network `apart`, a list of them.
     latents: as in `Condition`.
     """
 
@@ -162,24 +164,56 @@ class _Stream(NamedTuple):
     projection: jax.Array
     rope: tuple[jax.Array, jax.Array]
 
+    def lie(self, placement: Placement) -> _Stream:
+        """The same, held to where it lies between layers."""
+        projection = placement.samples(self.projection)
+        return self._replace(x=placement.tokens(self.x), e=placement.samples(self.e), projection=projection)
+
+
+def unstacked(params: Params) -> Params:
+    """Parameters with the layers stacked → those of a network `apart`: a list of one tree a layer."""
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    return {**params, "blocks": [structure.unflatten(layer) for layer in zip(*map(jnp.unstack, leaves))]}
+
+
+def _entry(lists, i: int):
+    """Entry i of every list in a tree of them."""
+    return jax.tree.map(lambda x: x[i], lists, is_leaf=lambda x: isinstance(x, list))
+
 
 class WanTransformer:
     """The network of `config`; causal over `chunks`, or bidirectional where `chunks` is None.
 
-    Parameters are `{"outside": …, "blocks": …}` with the layers stacked on the blocks' leading axis.
-    Raises ValueError, before anything is computed, for latents that do not divide into patches or chunks.
+    placement: the mesh that parameters, latents and caches lie on; the same function on any.
+    Parameters are `{"outside": …, "blocks": …}` with the layers stacked on the blocks' leading axis. With `apart`,
+    blocks and caches are lists of one tree a layer instead (`unstacked`) and the layers are written out in the program:
+    it takes longer to compile, and no pass has to cut each layer's weights out of a stack (docs/wan_speed.md).
+
+    Raises ValueError, before anything is computed, for latents that do not divide into patches or chunks, and for heads
+    or tokens that do not divide over the mesh.
     """
 
-    def __init__(self, config: WanConfig, chunks: ChunkPattern | None = None):
-        self.config, self.chunks = config, chunks
+    def __init__(
+        self,
+        config: WanConfig,
+        chunks: ChunkPattern | None = None,
+        placement: Placement = ONE_DEVICE,
+        *,
+        apart: bool = False,
+    ):
+        placement.check(config.heads)
+        self.config, self.chunks, self.placement, self.apart = config, chunks, placement, apart
         self._outside, _ = nnx.split(nnx.eval_shape(lambda: Outside(config, nnx.Rngs(0))))
-        self._block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+        self._block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0), placement)))
 
     def __eq__(self, other):
-        return isinstance(other, WanTransformer) and (self.config, self.chunks) == (other.config, other.chunks)
+        return isinstance(other, WanTransformer) and self._identity() == other._identity()
 
     def __hash__(self):
-        return hash((self.config, self.chunks))
+        return hash(self._identity())
+
+    def _identity(self):
+        return self.config, self.chunks, self.placement, self.apart
 
     def init(self, key) -> Params:
         """Random parameters, float32; the head is zero, so a fresh network predicts zero velocity."""
@@ -189,7 +223,8 @@ class WanTransformer:
 
         first, second = jax.random.split(key)
         blocks = jax.vmap(functools.partial(tree, Block))(jax.random.split(second, self.config.layers))
-        return {"outside": tree(Outside, first), "blocks": blocks}
+        params = {"outside": tree(Outside, first), "blocks": blocks}
+        return unstacked(params) if self.apart else params
 
     def velocity(self, params, x, t, cond, *, context=None, cache=None, chunk=None):
         """See `models.base.Network`. x `[batch, frame, height, width, channel]`, t `[batch, frame or 1]`."""
@@ -209,12 +244,12 @@ class WanTransformer:
 
         A sampler that makes many passes with one prompt projects its text to every layer's keys and values once.
         """
-        text, image = nnx.merge(self._outside, params["outside"]).embed(cond)
+        text, image = self._embedded(self._outside_of(params), cond)
 
         def layer(_, params):
-            return None, nnx.merge(self._block, params).sources(text, image)
+            return None, self._block_of(params).sources(text, image)
 
-        return Prepared(jax.lax.scan(layer, None, params["blocks"])[1], cond.latents)
+        return Prepared(self._scan(layer, None, params["blocks"])[1], cond.latents)
 
     def append(self, params, x, t, cond, cache, *, chunk):
         """See `models.base.Network`."""
@@ -225,27 +260,33 @@ class WanTransformer:
         return self._cached(params, x, t, cond, cache, chunk)
 
     def init_cache(self, batch, latent_shape, dtype=None) -> Cache:
-        """Zeros `[layer, batch, token, head, channel]` for clips of latent shape (frames, height, width)."""
+        """Zeros `[layer, batch, token, head, channel]` for clips of latent shape (frames, height, width); `apart`, a
+        list of them without the first axis."""
         frames, height, width = latent_shape
         c = self.config
         tokens = frames * (height // c.patch[1]) * (width // c.patch[2])
-        shape = (c.layers, batch, tokens, c.heads, c.head_dim)
-        return {name: jnp.zeros(shape, dtype or jnp.dtype(c.dtype)) for name in ("k", "v")}
+        shape = (batch, tokens, c.heads, c.head_dim)
+
+        def zeros(*layers):
+            empty = lambda: jnp.zeros((*layers, *shape), dtype or jnp.dtype(c.dtype))  # noqa: E731
+            return {name: self.placement.cache(empty()) for name in ("k", "v")}
+
+        return [zeros() for _ in range(c.layers)] if self.apart else zeros(c.layers)
 
     # How each view of context runs through the layers.
 
     def _plain(self, params, x, t, cond, mask):
-        outside = nnx.merge(self._outside, params["outside"])
-        text, image = outside.embed(cond)
+        outside = self._outside_of(params)
+        text, image = self._embedded(outside, cond)
 
         def layer(stream, params):
-            block = nnx.merge(self._block, params)
+            block = self._block_of(params)
             m = block.modulations(stream.projection)
             q, k, v = block.before(stream.x, m, stream.rope)
             return stream._replace(x=block.after(stream.x, m, block.sources(text, image), q, k, v, mask=mask)), None
 
         stream, _ = self._scan(layer, self._stream(outside, x, t, cond), params["blocks"])
-        return outside.velocity(stream.x, stream.e, *x.shape[2:4])
+        return self._velocity(outside, stream, x)
 
     def _teacher_forcing(self, params, x, t, cond, c, t_c):
         frames, tokens = x.shape[1], self._tokens_per_frame(x)
@@ -255,12 +296,12 @@ class WanTransformer:
             raise ValueError(f"context has shape {c.shape}, the target {x.shape}: teacher forcing pairs equal clips")
         self.chunks.count(frames)
         units = self._units(tokens)
-        outside = nnx.merge(self._outside, params["outside"])
-        text, image = outside.embed(cond)
+        outside = self._outside_of(params)
+        text, image = self._embedded(outside, cond)
 
         def layer(streams, params):
             context, target = streams
-            block = nnx.merge(self._block, params)
+            block = self._block_of(params)
             sources = block.sources(text, image)
             m_c, m = block.modulations(context.projection), block.modulations(target.projection)
             q_c, k_c, v_c = block.before(context.x, m_c, context.rope)
@@ -271,7 +312,7 @@ class WanTransformer:
 
         streams = self._stream(outside, c, t_c, cond), self._stream(outside, x, t, cond)
         (_, stream), _ = self._scan(layer, streams, params["blocks"])
-        return outside.velocity(stream.x, stream.e, *x.shape[2:4])
+        return self._velocity(outside, stream, x)
 
     def _cached(self, params, x, t, cond, cache, chunk):
         if self.chunks is None:
@@ -280,14 +321,14 @@ class WanTransformer:
         start = self.chunks.start(chunk)
         stop = start * tokens
         mask = self._cached_mask(chunk, tokens)
-        outside = nnx.merge(self._outside, params["outside"])
+        outside = self._outside_of(params)
         prepared = cond.sources if isinstance(cond, Prepared) else None
-        text, image = outside.embed(cond) if prepared is None else (None, None)
-        stream = self._stream(outside, x, t, cond, start, cache["k"].shape[2] // tokens)
+        text, image = self._embedded(outside, cond) if prepared is None else (None, None)
+        stream = self._stream(outside, x, t, cond, start, jax.tree.leaves(cache)[0].shape[-3] // tokens)
 
         def layer(stream, xs):
             params, context, sources = xs[0], (xs[1]["k"], xs[1]["v"]), xs[2]
-            block = nnx.merge(self._block, params)
+            block = self._block_of(params)
             m = block.modulations(stream.projection)
             q, k, v = block.before(stream.x, m, stream.rope)
             sources = block.sources(text, image) if sources is None else sources
@@ -295,8 +336,11 @@ class WanTransformer:
             return stream._replace(x=y), {"k": k, "v": v}
 
         stream, own = self._scan(layer, stream, (params["blocks"], cache, prepared))
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), stop, 2)  # noqa: E731
-        return outside.velocity(stream.x, stream.e, *x.shape[2:4]), jax.tree.map(write, cache, own)
+
+        def write(old, new):
+            return self.placement.cache(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), stop, -3))
+
+        return self._velocity(outside, stream, x), jax.tree.map(write, cache, own)
 
     def _cached_mask(self, chunk, tokens: int) -> Cached:
         """What chunk `chunk` sees of the cache: everything before it, or its window and sink."""
@@ -311,12 +355,38 @@ class WanTransformer:
 
     # Small parts.
 
-    def _scan(self, layer, carry, xs):
+    def _outside_of(self, params) -> Outside:
+        return nnx.merge(self._outside, self.placement.gather(params["outside"], "outside"))
+
+    def _block_of(self, params) -> Block:
+        """The layer of one slice of the blocks; called within it, so that the backward pass gathers weights again."""
+        return nnx.merge(self._block, self.placement.gather(params, "blocks", jnp.dtype(self.config.dtype)))
+
+    def _embedded(self, outside: Outside, cond: Condition):
+        return jax.tree.map(self.placement.samples, outside.embed(cond))
+
+    def _velocity(self, outside: Outside, stream: _Stream, x):
+        return self.placement.samples(outside.velocity(stream.x, stream.e, *x.shape[2:4]))
+
+    def _scan(self, body, carry, xs):
+        def lie(streams):
+            return jax.tree.map(lambda s: s.lie(self.placement), streams, is_leaf=lambda s: isinstance(s, _Stream))
+
+        def layer(carry, xs):
+            carry, out = body(lie(carry), xs)
+            return lie(carry), out
+
         if self.config.remat != "none":
             names = ("attention",) if self.config.remat == "attention" else ()
             policy = jax.checkpoint_policies.save_only_these_names(*names)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        return jax.lax.scan(layer, carry, xs)
+        if not self.apart:
+            return jax.lax.scan(layer, carry, xs)
+        ys = []
+        for i in range(self.config.layers):
+            carry, y = layer(carry, _entry(xs, i))
+            ys.append(y)
+        return carry, ys
 
     def _stream(self, outside: Outside, x, t, cond: Condition | Prepared, start=0, total: int | None = None) -> _Stream:
         """x on its way in; its first frame is frame `start` (maybe traced) of a clip of `total` frames."""
@@ -331,7 +401,9 @@ class WanTransformer:
         height, width = x.shape[2:4]
         if height % ph or width % pw:
             raise ValueError(f"latents of {height}×{width} do not divide into patches of {ph}×{pw}")
-        return (height // ph) * (width // pw)
+        tokens = (height // ph) * (width // pw)
+        self.placement.check(self.config.heads, tokens)
+        return tokens
 
     def _units(self, tokens: int) -> dict[str, int]:
         """The chunk pattern in the attention mask's units: tokens and chunks."""

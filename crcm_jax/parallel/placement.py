@@ -1,0 +1,180 @@
+"""How a network's activations lie on a mesh, and how its weights come to them.
+
+Samples are cut over data and fsdp. Between attentions the tokens *of each frame* are cut over context, so that every
+frame, chunk and rollout is balanced and whatever is per frame stays whole; within self-attention the heads are, over
+tensor and context (Ulysses: an all-to-all before, one after). Weights lie cut over fsdp and are gathered a layer at a
+time; their gradients go back into the pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.custom_derivatives import linear_call
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from crcm_jax.parallel import rules
+
+SAMPLES = ("data", "fsdp")
+"""The axes over which a batch is cut."""
+TOKENS = "context"
+"""The axis over which the tokens of a frame are cut."""
+HEADS = "tensor"
+"""The axis over which heads and feed-forward width are cut; in self-attention heads are cut over TOKENS as well."""
+
+
+def indivisible(shape: Mapping[str, int], heads: int, tokens: int = 0) -> str | None:
+    """Which of them a mesh of `shape` cannot cut, heads or tokens of a frame, as a sentence's beginning; or None."""
+    across, along = shape[HEADS] * shape[TOKENS], shape[TOKENS]
+    if heads % across:
+        cut = f"mesh.{HEADS}={across}" if along == 1 else f"mesh.{HEADS} × mesh.{TOKENS} = {across}"
+        return f"{cut} does not divide the {heads} heads"
+    return f"mesh.{TOKENS}={along} does not divide the {tokens} tokens of a frame" if tokens % along else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh with the axes of `mesh.AXES`, or None for one device, where every method leaves things as they are.
+
+    A batch that does not divide over its axes stays whole on them: right, and the same work done by each.
+    """
+
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        if self.mesh is not None and self.mesh.size == 1:
+            object.__setattr__(self, "mesh", None)
+
+    def check(self, heads: int, tokens: int = 0) -> None:
+        """ValueError where so many heads, or tokens a frame, cannot be cut over the mesh."""
+        if self.mesh is not None and (lack := indivisible(self.mesh.shape, heads, tokens)):
+            raise ValueError(f"{lack}: use a divisor")
+
+    # Activations.
+
+    def samples(self, x):
+        """x `[batch, …]`, cut by samples and whole otherwise."""
+        return self._pin(x, P(self._over_samples(x.shape[0])))
+
+    def tokens(self, x):
+        """x `[batch, frame, token, …]`, as it lies between attentions."""
+        return self._pin(x, P(self._over_samples(x.shape[0]), None, TOKENS))
+
+    def cache(self, x):
+        """Keys or values `[…, batch, token, head, channel]`, cut by heads: no pass against them gathers any."""
+        return self._pin(x, P(*[None] * (x.ndim - 4), *self._by_heads(x.shape[-4])))
+
+    def to_heads(self, x):
+        """`[batch, frame, token, head, channel]`, tokens cut → `[batch, frame·token, head, channel]`, heads cut."""
+        if self._tokens_whole():
+            return _flat(x)
+
+        def exchange(x):
+            return _flat(jax.lax.all_to_all(x, TOKENS, 3, 2, tiled=True))
+
+        samples = self._over_samples(x.shape[0])
+        return self._map(exchange, (P(samples, None, TOKENS, HEADS),), self._by_heads(x.shape[0]))(x)
+
+    def to_tokens(self, x, frames: int):
+        """The inverse of `to_heads` for a clip of `frames`."""
+
+        def unflat(x):
+            return x.reshape(x.shape[0], frames, -1, *x.shape[2:])
+
+        if self._tokens_whole():
+            return unflat(x)
+
+        def exchange(x):
+            return jax.lax.all_to_all(unflat(x), TOKENS, 2, 3, tiled=True)
+
+        samples = self._over_samples(x.shape[0])
+        return self._map(exchange, (self._by_heads(x.shape[0]),), P(samples, None, TOKENS, HEADS))(x)
+
+    def attend(self, attention: Callable, q, k, v, *, context=None, mask):
+        """`attention(q, k, v, context=…, mask=…)` of each device's samples and heads, as `to_heads` has laid them.
+
+        The compiler cannot cut a kernel's call, so that each device makes a call of its own.
+        """
+        if self.mesh is None:
+            return attention(q, k, v, context=context, mask=mask)
+        # A mask of integers stays one, for kernels to plan with; traced entries are arguments like any other.
+        leaves, structure = jax.tree.flatten(mask)
+        moving = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+        def local(arrays, moving):
+            q, k, v, context = arrays
+            moving = iter(moving)
+            mask = structure.unflatten([next(moving) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
+            return attention(q, k, v, context=context, mask=mask)
+
+        by_heads = self._by_heads(q.shape[0])
+        return self._map(local, (by_heads, P()), by_heads)((q, k, v, context), moving)
+
+    def attend_across(self, attention: Callable, q, k, v):
+        """`attention(q, k, v)` of tokens q `[batch, frame, token, head, channel]`, cut, over the keys of a text or
+        image, `[batch, token, head, channel]`; shaped like q."""
+
+        def local(q, k, v):
+            return attention(_flat(q), k, v).reshape(q.shape)
+
+        if self.mesh is None:
+            return local(q, k, v)
+        samples = self._over_samples(q.shape[0])
+        queries, keys = P(samples, None, TOKENS, HEADS), P(samples, None, HEADS)
+        return self._map(local, (queries, keys, keys), queries)(q, k, v)
+
+    # Weights.
+
+    def gather(self, params: Any, name: str, dtype=None):
+        """The weights of one layer, or of what is outside the layers, whole but for tensor.
+
+        params: a tree whose leaves' names, after `name`, are those that `rules` knows, without the layers' axis.
+        dtype: what matrices are cast to before they travel, or None to leave them as they are.
+        """
+        if self.mesh is None:
+            return params
+        stack = (1,) if name == "blocks" else ()
+
+        def leaf(path, x):
+            full = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+            spec = rules.spec(full, (*stack, *x.shape), self.mesh)[0][len(stack) :]
+            if "fsdp" not in spec:
+                return x
+            cut, whole = P(*spec), P(*(None if axis == "fsdp" else axis for axis in spec))
+            # The transpose of a plain constraint would be the same one: a gradient held whole on every device.
+            gather, scatter = (lambda _, x, to=to: self._pin(x, to) for to in (whole, cut))
+            return linear_call(gather, scatter, (), scatter((), x if dtype is None else x.astype(dtype)))
+
+        return jax.tree_util.tree_map_with_path(leaf, params)
+
+    # Small parts.
+
+    def _over_samples(self, batch: int):
+        if self.mesh is None or batch % (self.mesh.shape[SAMPLES[0]] * self.mesh.shape[SAMPLES[1]]):
+            return None
+        return SAMPLES
+
+    def _by_heads(self, batch: int) -> P:
+        return P(self._over_samples(batch), None, (HEADS, TOKENS))
+
+    def _tokens_whole(self) -> bool:
+        return self.mesh is None or self.mesh.shape[TOKENS] == 1
+
+    def _pin(self, x, spec: P):
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def _map(self, function, in_specs, out_specs):
+        # Kernel calls do not say how their results vary over the mesh, so it cannot be checked.
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+ONE_DEVICE = Placement()
+
+
+def _flat(x):
+    """Frames and tokens as one axis."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
