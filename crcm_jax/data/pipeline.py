@@ -1,25 +1,33 @@
 """One grain pipeline for every source: shuffled, sharded, batched, encoded, prefetched, and resumable to the example.
 
 The order of examples is a pure function of the configuration (seed included) and does not depend on the number of
-threads or hosts. An iterator's `get_state()` is a small dictionary of integers that JSON can hold; `set_state()` on a
-fresh iterator goes on with the very next batch.
+threads or hosts. An iterator's `get_state()` is a small dictionary that JSON can hold; `set_state()` on a fresh
+iterator goes on with the very next batch, if the data are still the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from crcm_jax.data.digits import DigitsSource
+from crcm_jax.data.latents import LatentSource
+from crcm_jax.data.skipping import Skipping
 from crcm_jax.data.tfds_source import TfdsSource
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Codec, Params, TextEncoder
 
-SOURCES: dict[str, Callable[[Any, str], Any]] = {"digits": DigitsSource, "tfds": TfdsSource}
-"""`config.data.name` → `(config.data, split)` → a sequence of dictionaries with at least `video` and `prompt`."""
+SOURCES: dict[str, Callable[[Any, str], Any]] = {"digits": DigitsSource, "tfds": TfdsSource, "latents": LatentSource}
+"""`config.data.name` → `(config.data, split)` → a sequence of dictionaries with at least `video` and `prompt`; those of
+`LatentSource` have `latents` and `text` in place of `video`."""
+
+
+def holds_latents(config: Any) -> bool:
+    """Whether the data are encoded already, so that neither codec parameters nor a text encoder are needed."""
+    return SOURCES.get(config.data.name) is LatentSource
 
 
 def make_source(config: Any, split: str = "train"):
@@ -35,37 +43,97 @@ def make(
     batch_size: int | None = None,
     *,
     codec: Codec,
-    text_encoder: TextEncoder,
+    text_encoder: TextEncoder | None = None,
     codec_params: Params = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
-) -> grain.IterDataset:
+    rows: Sequence[int] | None = None,
+) -> Iterable[dict[str, np.ndarray]]:
     """Endless batches `{"latents": [batch, frame, height, width, channel], "text": [batch, token, channel]}`, float32.
 
-    `batch_size` (default `config.data.batch_size`) counts the examples of this shard's batches. With several shards,
-    shard i of n sees examples i, i + n, … of the one global order, so together they see what one host would have seen.
-    Shuffled anew each time the source is used up. `config.data.threads` (0: the caller's) and `prefetch` (batches
-    ahead) hide the cost; `workers` processes share it where one is not enough. Raises UserError for an unknown source,
-    split, or a canvas that the codec does not take.
+    Where the data are latents already (`holds_latents`) the codec only says of which shape they must be, the text
+    encoder is not asked, and batches also have `damaged`, int32 `[batch]`: how many damaged examples were passed over.
+
+    `batch_size` (default `config.data.batch_size`) is the whole batch's. `rows` are those of its rows that are read and
+    given, for a process that holds only them (default: all). Which example is in which row does not depend on it, so
+    that processes together see what one would have seen. Shuffled anew each time the source is used up.
+    `config.data.threads` (0: the caller's) and `prefetch` (batches ahead) hide the cost; `workers` processes share it
+    where one is not enough. Raises UserError for an unknown source or split, a canvas that the codec does not take, and
+    latents or texts that do not fit the configuration.
     """
     data = config.data
     batch_size = data.batch_size if batch_size is None else batch_size
     source = make_source(config, split)
-    if not 0 <= shard_index < shard_count:
-        raise UserError(f"shard {shard_index} of {shard_count} does not exist")
-    if batch_size < 1 or len(source) < batch_size * shard_count:
-        raise UserError(
-            f"{len(source)} examples do not fill {shard_count} × a batch of {batch_size}: change data.batch_size"
-        )
-    codec.latent_shape(data.frames, data.height, data.width)  # an impossible canvas fails here, not in a thread
+    if batch_size < 1 or len(source) < batch_size:
+        raise UserError(f"{len(source)} examples do not fill a batch of {batch_size}: change data.batch_size")
+    rows = range(batch_size) if rows is None else rows
+    # An impossible canvas fails here, not in a thread.
+    shape = codec.latent_shape(data.frames, data.height, data.width)
+    fingerprint = None
+    if isinstance(source, LatentSource):
+        source.require(shape, (config.text.length, config.model.text_dim))
+        source, batch_fn, fingerprint = Skipping(source), _stack, source.fingerprint()
+    else:
+        batch_fn = _Encode(codec, codec_params, text_encoder)
 
     order = grain.MapDataset.source(source).seed(data.seed).shuffle().repeat()
-    batches = order[shard_index::shard_count].batch(
-        batch_size, drop_remainder=True, batch_fn=_Encode(codec, codec_params, text_encoder)
-    )
+    batches = _Rows(order, batch_size, rows).batch(len(rows), drop_remainder=True, batch_fn=batch_fn)
     threads, prefetch, workers = data.get("threads", 1), data.get("prefetch", 4), data.get("workers", 0)
     stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
-    return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else stream
+    if workers:
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return stream if fingerprint is None else _OfOneSet(stream, fingerprint, data.path)
+
+
+class _Rows(grain.MapDataset):
+    """Rows `rows` of every `size` examples in turn."""
+
+    def __init__(self, parent: grain.MapDataset, size: int, rows: Sequence[int]):
+        super().__init__(parent)
+        self._size, self._rows = size, tuple(map(int, rows))
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._size + self._rows[place]]
+
+
+class _OfOneSet:
+    """A stream whose state knows the files that it counts the examples of, and will not go on with others."""
+
+    def __init__(self, stream: grain.IterDataset, fingerprint: str, path: str):
+        self._stream, self._fingerprint, self._path = stream, fingerprint, path
+
+    def __iter__(self) -> _Position:
+        return _Position(iter(self._stream), self._fingerprint, self._path)
+
+
+class _Position(Iterator):
+    def __init__(self, iterator: grain.DatasetIterator, fingerprint: str, path: str):
+        self._iterator, self._fingerprint, self._path = iterator, fingerprint, path
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self._iterator.get_state(), "data": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["data"] != self._fingerprint:
+            raise UserError(
+                f"{self._path} no longer holds the examples that this run began with (files or their lengths differ): "
+                "restore them, or start a new run from this one's weights with --config.init.student"
+            )
+        self._iterator.set_state(state["position"])
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Encoded examples → one training batch."""
+    batch = {name: np.stack([example[name] for example in examples]) for name in ("latents", "text")}
+    return {**batch, "damaged": np.array([example["damaged"] for example in examples], np.int32)}
 
 
 class _Encode:

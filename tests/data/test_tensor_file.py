@@ -1,4 +1,4 @@
-"""Tensor files without PyTorch: what torch.save writes is read, what is written torch.load reads, nothing else passes."""
+"""Tensor files without PyTorch: torch.save's are read, torch.load reads ours, all else is refused."""
 
 import io
 import pickle
