@@ -12,7 +12,7 @@ CONFIG = UMT5Config(
 )
 LENGTHS = (40, 5, 17)
 BOUND = 1e-5
-"""Relative to the largest value. Measured 2e-6."""
+"""Relative to the largest value. Measured 6.0e-7, as `test_parity` prints."""
 
 
 def batch(length=40):
@@ -71,7 +71,9 @@ def test_parity(pair):
     with torch.no_grad():
         found = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask).long()).last_hidden_state.numpy()
     ours = np.asarray(UMT5Encoder(CONFIG)(params, ids, mask))
-    assert relative(ours, found * mask[..., None]) <= BOUND
+    error = relative(ours, found * mask[..., None])
+    print(f"relative error {error:.1e}")
+    assert error <= BOUND
     assert not ours[~mask].any()
 
 
