@@ -67,10 +67,12 @@ def guarded_gradient(
     size = jax.tree.leaves(batch)[0].shape[0]
 
     def run(keep):
-        first_good = jnp.argmax(keep)
+        first_good = jnp.arange(size) == jnp.argmax(keep)
 
         def replace(x):
-            return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, x[first_good])
+            good, kept = (mask.reshape(-1, *[1] * (x.ndim - 1)) for mask in (first_good, keep))
+            # A sum, since x[i] would gather a batch that is cut over devices.
+            return jnp.where(kept, x, jnp.sum(jnp.where(good, x, 0), 0, x.dtype))
 
         weights = jnp.where(keep, jnp.float32(share), 0.0)
         return grad_fn(params, others, jax.tree.map(replace, batch), key, progress, weights)
@@ -156,6 +158,11 @@ def _apply(
     return params, new_opt, learnt, metrics
 
 
+def _damaged(batch: Batch) -> Metrics:
+    """How many damaged examples were passed over for the batch's, where its data count them."""
+    return {"damaged_examples": jnp.sum(batch["damaged"])} if "damaged" in batch else {}
+
+
 def make_steps(
     algorithm: Algorithm,
     optimizer: Optimizer,
@@ -170,7 +177,7 @@ def make_steps(
 
     shardings: how the state lies on the devices, before a step and so after it; None leaves that to the compiler.
     `others` holds the frozen trees that the algorithm reads. Metrics are float32 scalars; besides the objective's own:
-    `loss`, `grad_norm`, `lr`, `bad_samples`, `skipped`, `bad_streak`.
+    `loss`, `grad_norm`, `lr`, `bad_samples`, `skipped`, `bad_streak`, and `damaged_examples` if the batch counts them.
     """
     gamma = ema.exponent(ema_rate)
 
@@ -201,6 +208,7 @@ def make_steps(
         progress = state.progress
         gradient, size = gradient_of(algorithm.student, state.params, others, batch, progress, "student")
         params, opt, learnt, metrics = _apply(optimizer, gradient, size, state.params, state.opt)
+        metrics |= _damaged(batch)
         averaged = ema.update(state.ema, params, progress.student_updates, gamma)
         averaged = jax.tree.map(lambda new, old: jnp.where(learnt, new, old), averaged, state.ema)
         progress = progress._replace(iteration=progress.iteration + 1, student_updates=progress.student_updates + 1)
@@ -212,6 +220,7 @@ def make_steps(
         progress = state.progress
         gradient, size = gradient_of(algorithm.critic, state.critic, others, batch, progress, "critic")
         critic, opt, learnt, metrics = _apply(critic_optimizer, gradient, size, state.critic, state.critic_opt)
+        metrics |= _damaged(batch)
         progress = progress._replace(iteration=progress.iteration + 1, critic_updates=progress.critic_updates + 1)
         changes = {"critic": critic, "critic_opt": opt, "progress": progress}
         return advance(state, size, gradient.kept, learnt, metrics, **changes)
