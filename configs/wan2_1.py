@@ -1,9 +1,11 @@
 """Wan2.1 at 480p: the published Causal-rCM recipes (spec: Causal-rCM section 7.1).
 
-    crcm train --config=configs/wan2_1.py:tf_scm --workdir=out/tf_scm --config.init.teacher=… --config.init.student=…
+    crcm train --config=configs/wan2_1.py:tf_scm --workdir=out/tf_scm --config.data.path=latents \\
+        --config.init.teacher=… --config.init.student=… --config.init.uncond=negative.pt
 
 Options follow the variant: `:tf_scm,c3-3` chooses another chunk pattern (first-size), `:tf,14b` the larger model for
-the causal diffusion stage. `data.dataset`, `text.weights`, `text.tokenizer` and `init` are for you to fill in.
+the causal diffusion stage. `data.path` and `init` are for you to fill in; from videos (`data.name=tfds`) also
+`data.dataset`, `text.weights`, `text.tokenizer` and `init.codec`.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +41,13 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     c.training = training
     c.param_dtype = "bfloat16"
     c.chunks = ConfigDict({"first": int(first), "size": int(size or first), "window": 0, "sink": 0})
-    c.data = ConfigDict({"name": "tfds", "dataset": "", "batch_size": 1, "frames": 81, "height": 480, "width": 832})
+    c.data = ConfigDict(
+        {"name": "latents", "path": "", "batch_size": 1, "seed": 0, "frames": 81, "height": 480, "width": 832,
+         "threads": 2, "prefetch": 4, "workers": 0,
+         # of tfds
+         "dataset": "", "data_dir": "~/tensorflow_datasets", "splits": {"train": "train"}, "video": "", "text": "",
+         "stride": 1}
+    )  # fmt: skip
     c.codec = ConfigDict({"name": "wan_vae", "version": "2.1"})
     c.text = ConfigDict({"name": "umt5", "weights": "", "tokenizer": "", "length": 512})
     c.model = ConfigDict(
@@ -47,8 +55,9 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
          "dtype": "bfloat16", "round_time": True, "remat": "block"}
     )  # fmt: skip
     teacher = {} if diffusion else T2V_14B
+    c.mesh = ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
     c.sizes = ConfigDict({"student": {}, "teacher": teacher, "real": teacher, "critic": teacher})
-    c.init = ConfigDict({"student": "", "teacher": "", "real": "", "critic": ""})
+    c.init = ConfigDict({"student": "", "teacher": "", "real": "", "critic": "", "uncond": "", "codec": ""})
 
     c.objective = ConfigDict(
         {"times": {"name": "uniform_shift", "s": 5.0}, "scale": 100.0,
@@ -75,8 +84,5 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     save_every = 50 if training == "sf_dmd" else 500 if large or not diffusion else 1000
     # Real runs end long before: look at the samples and stop.
     c.train = ConfigDict({"steps": 100_000, "log_every": 10, "save_every": save_every, "sample_every": 0, "keep": 2})
-    c.sample = ConfigDict(
-        {"steps": c.rollout.steps, "guidance": 3.0 if diffusion else 1.0, "multi_step": 50 if diffusion else 0,
-         "prompts": 4}
-    )  # fmt: skip
+    c.sample = ConfigDict({"ode_steps": 50, "guidance": 3.0, "prompts": 4})
     return c

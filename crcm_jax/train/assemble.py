@@ -15,6 +15,7 @@ from crcm_jax.evaluate.clips import training_clips
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import rules
+from crcm_jax.train import encoders
 from crcm_jax.train.loop import Initial, Sampler, run
 from crcm_jax.train.state import TrainState
 from crcm_jax.train.step import step_key
@@ -80,7 +81,8 @@ def train(config, workdir: str | Path, sampler: Sampler | None = None) -> TrainS
     """Assembles what `config` describes and runs it in `workdir`; see `run`. `sampler` writes clips as it goes."""
     with blame_config():
         algorithm = build.algorithm(config, meshes.make(config))
-        codec, text_encoder = build.codec(config), build.text_encoder(config)
-        data = pipeline.make(config, codec=codec, text_encoder=text_encoder)
-    init = initial(config, algorithm, text_encoder([""]))
+        codec, text_encoder = build.codec(config), encoders.text_encoder(config)
+        params = encoders.codec_params(config, codec)
+        data = pipeline.make(config, codec=codec, codec_params=params, text_encoder=text_encoder)
+    init = initial(config, algorithm, encoders.negative_embedding(config, text_encoder))
     return run(config, workdir, algorithm=algorithm, data=data, init=init, sampler=training_clips(config))

@@ -26,7 +26,7 @@ TENSORBOARD = "tensorboard"
 STREAK_LIMIT = 3
 """So many iterations in a row without a finite loss end the run."""
 
-_SUMS = ("bad_samples", "skipped")
+_SUMS = ("bad_samples", "skipped", "damaged_examples")
 _LAST = ("lr",)
 
 
@@ -37,19 +37,27 @@ class RunLog:
     that was not. Speed goes to the progress bar and to TensorBoard.
     """
 
-    def __init__(self, workdir: Path, start: int, total: int, every: int, window: dict[str, Any] | None = None):
-        """`start`: iterations done, lines after which are dropped; `window`: `state()` of the run that did them."""
+    def __init__(
+        self,
+        workdir: Path,
+        start: int,
+        total: int,
+        every: int,
+        window: dict[str, Any] | None = None,
+        *,
+        quiet: bool = False,
+    ):
+        """`start`: iterations done, lines after which are dropped; `window`: `state()` of the run that did them.
+
+        quiet: only keeps the window, and ends the run when it must, for a process that does not speak for all.
+        """
         self.every = max(1, every)
         self._window: dict[str, list[float]] = {key: list(value) for key, value in (window or {}).items()}
         self._pending: tuple[int, str, dict[str, jax.Array], dict[str, int]] | None = None
         self._shown: dict[str, str] = {}
-        path = workdir / JSONL
-        if path.exists():
-            manifest.write_text(path, _lines_until(path, start))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        self._board = _Board(workdir / TENSORBOARD, start)
-        self._bar = tqdm(total=total, initial=start, desc=workdir.name, unit="it", dynamic_ncols=True, smoothing=0.05)
-        self._clock = (time.perf_counter(), start)
+        self._files = None if quiet else _Files(workdir, start)
+        looks = {"unit": "it", "dynamic_ncols": True, "smoothing": 0.05, "disable": quiet}
+        self._bar = tqdm(total=total, initial=start, desc=workdir.name, **looks)
 
     def push(self, iteration: int, player: str, metrics: dict[str, jax.Array], counts: dict[str, int]) -> None:
         """Takes the metrics of the iteration just dispatched (`iteration` counts it), reads those of the one before."""
@@ -62,8 +70,8 @@ class RunLog:
         previous, self._pending = self._pending, None
         if previous is not None:
             self._read(*previous)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._files:
+            self._files.sync()
 
     def state(self) -> dict[str, Any]:
         """The unfinished window, as JSON; call `flush` first."""
@@ -105,8 +113,31 @@ class RunLog:
                 # Every sample of the window was bad: there is no number to give, and NaN is not JSON.
                 line[key] = total / count if count else None
         self._window = {}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._files:
+            self._files.write(line)
+
+    def close(self) -> None:
+        """Ends the bar and closes the files; what is pending and was not flushed is lost."""
+        self._bar.close()
+        if self._files:
+            self._files.close()
+
+
+class _Files:
+    """metrics.jsonl and TensorBoard's folder of a run that has done `start` iterations."""
+
+    def __init__(self, workdir: Path, start: int):
+        path = workdir / JSONL
+        if path.exists():
+            manifest.write_text(path, _lines_until(path, start))
+        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._board = _Board(workdir / TENSORBOARD, start)
+        self._clock = (time.perf_counter(), start)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        iteration = line["iteration"]
         for key, value in line.items():
             if key != "iteration" and value is not None:
                 self._board.scalar(key, value, iteration)
@@ -115,10 +146,12 @@ class RunLog:
         self._board.flush()
         self._clock = (now, iteration)
 
+    def sync(self) -> None:
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+
     def close(self) -> None:
-        """Ends the bar and closes the files; what is pending and was not flushed is lost."""
-        self._bar.close()
-        self._file.close()
+        self._lines.close()
         self._board.close()
 
 
