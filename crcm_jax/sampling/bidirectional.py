@@ -7,10 +7,11 @@ in float64, so that the device sees a short table of coefficients.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,6 @@ from crcm_jax.models.base import Condition, Network
 from crcm_jax.models.guidance import guided_velocity
 from crcm_jax.schedule import decreasing, multi_step
 
-SOLVERS = ("unipc", "euler")
-
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 """(latents, scalar time) → velocity, in at least float32."""
 
@@ -30,16 +29,6 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 def teacher_times(steps: int = 50, s: float = 5.0, sigma_max: float = 5000.0) -> tuple[float, ...]:
     """steps+1 times from σmax/(σmax+1) to 0, with the teacher's defaults."""
     return multi_step(steps, s, sigma_max)
-
-
-def euler(velocity: Velocity, x: jax.Array, times: Sequence[float]) -> jax.Array:
-    """Euler steps of dx/dt = v along `times`. x: noise, not scaled."""
-    times = jnp.asarray(times, jnp.float32)
-
-    def step(i, x):
-        return flow.euler(x, velocity(x, times[i]), times[i], times[i + 1])
-
-    return jax.lax.fori_loop(0, len(times) - 1, step, x)
 
 
 class _Row(NamedTuple):
@@ -108,15 +97,36 @@ def _corrector(t, λ, i, order):
     return now / before, scale * np.array([ρ2, 1 - ρ2 - ρ1 / r, ρ1 / r])
 
 
-def unipc(velocity: Velocity, x: jax.Array, times: Sequence[float]) -> jax.Array:
-    """Second-order UniPC along `times` (see `unipc_table`), one evaluation a step. x: noise, not scaled.
+class _Steps(NamedTuple):
+    """A solver along given times.
 
-    A prediction is not worked out again after the correction of its sample.
+    `begin(noise)` is its state, a tuple with the sample first; `step(velocity, i, state)` is the state after step i,
+    which may be traced.
     """
+
+    begin: Callable[[jax.Array], tuple]
+    step: Callable[[Velocity, Any, tuple], tuple]
+
+
+def _euler(times: Sequence[float]) -> _Steps:
+    times = jnp.asarray(times, jnp.float32)
+
+    def step(velocity, i, state):
+        (x,) = state
+        return (flow.euler(x, velocity(x, times[i]), times[i], times[i + 1]),)
+
+    return _Steps(lambda x: (x,), step)
+
+
+def _unipc(times: Sequence[float]) -> _Steps:
     rows = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), unipc_table(times))
     times = jnp.asarray(times, jnp.float32)
 
-    def step(i, state):
+    def begin(x):
+        zeros = jnp.zeros_like(x)
+        return x, zeros, zeros, zeros
+
+    def step(velocity, i, state):
         x, before, m1, m2 = state
         m = flow.to_clean(x, velocity(x, times[i]), times[i])
         keep, (a, b, c) = rows.keep[i], rows.correct[i]
@@ -124,8 +134,70 @@ def unipc(velocity: Velocity, x: jax.Array, times: Sequence[float]) -> jax.Array
         after = rows.carry[i] * x + rows.predict[i, 0] * m + rows.predict[i, 1] * m1
         return after, x, m, m1
 
-    zeros = jnp.zeros_like(x)
-    return jax.lax.fori_loop(0, len(times) - 1, step, (x, zeros, zeros, zeros))[0]
+    return _Steps(begin, step)
+
+
+_SOLVERS = {"unipc": _unipc, "euler": _euler}
+SOLVERS = tuple(_SOLVERS)
+
+
+def _steps(solver: str, times: Sequence[float]) -> _Steps:
+    if solver not in _SOLVERS:
+        raise ValueError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
+    return _SOLVERS[solver](times)
+
+
+def solve(solver: str, velocity: Velocity, x: jax.Array, times: Sequence[float]) -> jax.Array:
+    """The end of dx/dt = v along `times` from noise x, not scaled, with one evaluation of `velocity` a step.
+
+    solver: "euler", or "unipc" for second-order UniPC (see `unipc_table`), whose predictions are not worked out again
+    after the correction of their sample. ValueError for another one.
+    """
+    begin, step = _steps(solver, times)
+    return jax.lax.fori_loop(0, len(times) - 1, lambda i, state: step(velocity, i, state), begin(x))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """How a bidirectional diffusion model makes a clip: all frames at once, in many steps (spec 6.4)."""
+
+    solver: str = "unipc"
+    steps: int = 50
+    shift: float = 5.0
+    sigma_max: float = 5000.0
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """steps + 1 times, the last one 0."""
+        return teacher_times(self.steps, self.shift, self.sigma_max)
+
+
+def denoise_whole(
+    network: Network, params, cond: Condition, noise: jax.Array, *, times: Sequence[float], solver: str = "unipc",
+    uncond: Condition | None = None, guidance: float = 5.0,
+) -> Iterator[jax.Array]:  # fmt: skip
+    """The clip's latents after every step of a bidirectional network's probability-flow ODE.
+
+    noise: `[batch, frame, height, width, channel]`, unit variance; times: for example `teacher_times()`; guidance: as
+    in `models.guidance`. One program, called once a step. ValueError for an unknown solver.
+    """
+    state = _steps(solver, times).begin(noise)
+    for i in range(len(times) - 1):
+        state = _step(network, tuple(times), solver, guidance, params, cond, uncond, i, state)
+        yield state[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _step(network, times, solver, guidance, params, cond, uncond, i, state):
+    return _steps(solver, times).step(_velocity(network, params, cond, uncond, guidance), i, state)
+
+
+def _velocity(network, params, cond, uncond, guidance) -> Velocity:
+    def velocity(x, t):
+        v = guided_velocity(network, params, x, jnp.broadcast_to(t, (1, 1)), cond, uncond, guidance)
+        return v.astype(x.dtype)
+
+    return velocity
 
 
 @functools.partial(jax.jit, static_argnames=("network", "times", "solver", "guidance"))
@@ -133,16 +205,5 @@ def generate_whole(
     network: Network, params, cond: Condition, noise: jax.Array, *, times: tuple[float, ...], solver: str = "unipc",
     uncond: Condition | None = None, guidance: float = 5.0,
 ) -> jax.Array:  # fmt: skip
-    """Latents of whole clips from a bidirectional network's probability-flow ODE.
-
-    noise: `[batch, frame, height, width, channel]`, unit variance; times: for example `teacher_times()`; guidance: as
-    in `models.guidance`. ValueError for an unknown solver.
-    """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
-
-    def velocity(x, t):
-        v = guided_velocity(network, params, x, jnp.broadcast_to(t, (1, 1)), cond, uncond, guidance)
-        return v.astype(x.dtype)
-
-    return {"unipc": unipc, "euler": euler}[solver](velocity, noise, times)
+    """The last of `denoise_whole`, as one program."""
+    return solve(solver, _velocity(network, params, cond, uncond, guidance), noise, times)

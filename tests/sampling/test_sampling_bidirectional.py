@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from crcm_jax.models.base import Condition
-from crcm_jax.sampling import bidirectional
-from crcm_jax.sampling.bidirectional import euler, generate_whole, teacher_times, unipc, unipc_table
+from crcm_jax.sampling import Whole, bidirectional
+from crcm_jax.sampling.bidirectional import denoise_whole, generate_whole, solve, teacher_times, unipc_table
 
 BOUND = 1e-5
 """Relative to the largest value; sums in float32 in another order."""
@@ -42,7 +42,7 @@ def relative(a, b):
 def test_euler_is_diffusers(steps):
     times = teacher_times(steps)
     scheduler = schedulers().FlowMatchEulerDiscreteScheduler(shift=1.0)
-    assert relative(euler(velocity, NOISE, times), theirs(scheduler, times)) <= BOUND
+    assert relative(solve("euler", velocity, NOISE, times), theirs(scheduler, times)) <= BOUND
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 50])
@@ -51,24 +51,27 @@ def test_unipc_is_diffusers(steps):
     scheduler = schedulers().UniPCMultistepScheduler(
         solver_order=2, solver_type="bh2", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
     )
-    assert relative(unipc(velocity, NOISE, times), theirs(scheduler, times)) <= BOUND
+    assert relative(solve("unipc", velocity, NOISE, times), theirs(scheduler, times)) <= BOUND
 
 
 def test_unipc_is_of_higher_order():
     """Against many Euler steps of the same ODE: UniPC's error falls faster than Euler's, which is the point of it."""
-    exact = np.asarray(euler(velocity, NOISE, teacher_times(8000)))
-    errors = {s: [relative(s(velocity, NOISE, teacher_times(n)), exact) for n in (20, 40)] for s in (euler, unipc)}
+    exact = np.asarray(solve("euler", velocity, NOISE, teacher_times(8000)))
+    errors = {
+        s: [relative(solve(s, velocity, NOISE, teacher_times(n)), exact) for n in (20, 40)]
+        for s in bidirectional.SOLVERS
+    }
     # Measured: Euler 0.0338, 0.0164; UniPC 0.0138, 0.0019.
-    assert errors[euler][0] / errors[euler][1] == pytest.approx(2, rel=0.15)
-    assert errors[unipc][0] / errors[unipc][1] > 4
-    assert errors[unipc][1] < errors[euler][1] / 5
+    assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2, rel=0.15)
+    assert errors["unipc"][0] / errors["unipc"][1] > 4
+    assert errors["unipc"][1] < errors["euler"][1] / 5
 
 
 def test_a_constant_prediction_is_reached_exactly():
     """Whatever the times: with m the same everywhere, the solution is m."""
     m = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
-    for solver in (euler, unipc):
-        found = solver(lambda x, t: (x - m) / t, NOISE, teacher_times(12))
+    for solver in bidirectional.SOLVERS:
+        found = solve(solver, lambda x, t: (x - m) / t, NOISE, teacher_times(12))
         assert relative(found, m) <= BOUND
     rows = unipc_table(teacher_times(12))
     before, now = np.asarray(teacher_times(12))[:-1], np.asarray(teacher_times(12))[1:]
@@ -82,6 +85,7 @@ def test_teacher_times():
     top = 5000 / 5001
     u = np.linspace(top / (5 - 4 * top), 0, 51)
     np.testing.assert_allclose(teacher_times(), 5 * u / (1 + 4 * u), rtol=1e-12)
+    assert Whole(steps=20, shift=3.0).times == teacher_times(20, 3.0)
     with pytest.raises(ValueError, match="end in 0"):
         unipc_table((0.9, 0.5))
     with pytest.raises(ValueError, match="start below 1"):
@@ -96,10 +100,13 @@ def test_guidance_over_a_network():
     cond, uncond = Condition(jnp.ones((2, 3, 4))), Condition(jnp.zeros((1, 3, 4)))
     network, times = Network(), teacher_times(4)
     for solver in bidirectional.SOLVERS:
-        found = generate_whole(
-            network, jnp.float32(1), cond, NOISE, times=times, solver=solver, uncond=uncond, guidance=3.0
-        )
-        expected = getattr(bidirectional, solver)(lambda x, t: velocity(x, t) + 3.0, NOISE, times)
+        view = {"times": times, "solver": solver, "uncond": uncond, "guidance": 3.0}
+        found = generate_whole(network, jnp.float32(1), cond, NOISE, **view)
+        expected = solve(solver, lambda x, t: velocity(x, t) + 3.0, NOISE, times)
         assert relative(found, np.asarray(expected)) <= BOUND
+        # The same, step by step: after each, one more of the times is behind.
+        steps = list(denoise_whole(network, jnp.float32(1), cond, NOISE, **view))
+        assert len(steps) == 4 and relative(steps[-1], np.asarray(found)) <= BOUND
+        assert min(relative(a, np.asarray(b)) for a, b in zip(steps, steps[1:])) > 1e-2
     with pytest.raises(ValueError, match="is not one of unipc, euler"):
         generate_whole(network, jnp.float32(1), cond, NOISE, times=times, solver="heun")
