@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models.wan.transformer import WanTransformer, unstacked
 from crcm_jax.sampling import Few, Noise, Ode, draw_noise, generate, stream
 from crcm_jax.schedule import MID_TIMES, StepPlan
 
@@ -106,6 +107,19 @@ def test_streaming_is_the_specification(case):
     """Cache, schedules, re-noising, guidance, context and image, all at once."""
     solver, guidance, image, noise = options(case)
     assert tiny.relative(fast(solver, guidance, image, noise), slow(noise, solver, guidance, image)) < CLOSE
+
+
+@pytest.mark.parametrize("plan", [StepPlan((2,), ((0.6,),)), StepPlan((2,), ((0.6,),), True, 1)])
+def test_layers_apart_stream_the_same(plan):
+    """Weights and caches as one tree a layer, written out in the program; the layers differ, so that order matters."""
+    clips = []
+    together = tiny.wan(PATTERN)
+    apart, stacked = WanTransformer(together.config, PATTERN, apart=True), tiny.parameters(together)
+    for network, params in ((together, stacked), (apart, unstacked(stacked))):
+        assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(network.init, jax.random.key(0)))
+        case = {"shape": SHAPE, "chunks": PATTERN, "solver": Few(plan), "uncond": UNCOND, "guidance": 3.0}
+        clips.append(generate(network, params, COND, jax.random.key(0), **case))
+    assert tiny.relative(*clips) < CLOSE
 
 
 def test_the_cases_differ():

@@ -17,10 +17,11 @@ import time
 import jax
 import jax.numpy as jnp
 
+from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.transformer import WanTransformer
+from crcm_jax.models.wan.transformer import WanTransformer, unstacked
 from crcm_jax.sampling import Few, draw_noise, stream
 from crcm_jax.schedule import MID_TIMES, StepPlan
 from pallas_kernels.attention import IMPLEMENTATIONS
@@ -76,20 +77,20 @@ def flops(c: WanConfig, tokens: int, text: int) -> float:
 def bench_velocity(c: WanConfig, params, shape, cond: Condition, repeats: int) -> str:
     """One velocity of a whole clip, every frame seeing every frame."""
     x, t = jax.random.normal(jax.random.key(1), shape), jnp.full((1, 1), 0.7)
-    velocity = jax.jit(WanTransformer(c).velocity)
+    velocity = jax.jit(WanTransformer(c).velocity, compiler_options=compiler.options())
     took = seconds(lambda: velocity(params, x, t, cond), repeats)
     tokens = math.prod(shape[1:4]) // math.prod(c.patch)
     work = flops(c, tokens, cond.text.shape[1])
     return f"{took:8.3f} s  {work / took / 1e12:6.0f} TFLOP/s of {work / 1e12:.0f} TFLOP, {tokens} tokens"
 
 
-def bench_stream(c: WanConfig, params, shape, cond: Condition, repeats: int, chunks: ChunkPattern, plan) -> str:
-    """A clip streamed chunk by chunk, without decoding."""
-    network, solver = WanTransformer(c, chunks), Few(plan)
+def bench_stream(c: WanConfig, layers, shape, cond: Condition, repeats: int, chunks: ChunkPattern, plan) -> str:
+    """A clip streamed chunk by chunk, without decoding, by a network whose weights lie apart (`layers`)."""
+    network, solver = WanTransformer(c, chunks, apart=True), Few(plan)
     noise = draw_noise(jax.random.key(1), shape, solver.most)
 
     def run():
-        return list(stream(network, params, cond, None, shape=shape, chunks=chunks, solver=solver, noise=noise))
+        return list(stream(network, layers, cond, None, shape=shape, chunks=chunks, solver=solver, noise=noise))
 
     took = seconds(run, repeats)
     passes = sum(len(solver.times(chunk)) - 1 for chunk in range(chunks.count(shape[1])))
@@ -119,8 +120,9 @@ def main():
     cond = Condition(text=text)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {a.size}, {a.dtype}, latents {shape}", flush=True)
     rows = {"velocity, bidirectional": lambda: bench_velocity(c, params, shape, cond, a.repeats)}
+    layers = unstacked(params)
     for name, (chunks, plan) in STREAMS.items():
-        rows[name] = lambda chunks=chunks, plan=plan: bench_stream(c, params, shape, cond, a.repeats, chunks, plan)
+        rows[name] = lambda chunks=chunks, plan=plan: bench_stream(c, layers, shape, cond, a.repeats, chunks, plan)
     for name, row in rows.items():
         if a.only in name:
             print(f"{name:38s} {row()}", flush=True)

@@ -1,4 +1,4 @@
-"""The Wan transformer beside diffusers' `WanTransformer3DModel`: same weights, same device, same run (see `bench`)."""
+"""Ours beside diffusers' classes on the same device in the same run (see `bench` and `bench_vae`)."""
 
 from __future__ import annotations
 
@@ -61,6 +61,34 @@ def compare(c: WanConfig, params, shape, cond: Condition, repeats: int) -> None:
         error = float(jnp.abs(found - right).max() / jnp.abs(right).max())
         mean = float(jnp.sqrt(jnp.mean((found - right) ** 2) / jnp.mean(right**2)))
         print(f"{' '.join(key):20s} against diffusers float32: largest {error:.1e}, mean square {mean:.1e}")
+
+
+def vae(frames: int, height: int, width: int, repeats: int) -> None:
+    """Prints times and peak memory of diffusers' `AutoencoderKLWan` 2.1, bfloat16, its own random weights, one clip."""
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError as error:
+        print(f"no comparison with diffusers: {error}")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoencoderKLWan().eval().to(device, torch.bfloat16)
+    video = torch.rand(1, 3, frames, height, width, device=device, dtype=torch.bfloat16) * 2 - 1
+    z = torch.randn(1, 16, 1 + (frames - 1) // 4, height // 8, width // 8, device=device, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def finished(function, argument):
+        result = function(argument, return_dict=False)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        del result
+        return 0
+
+    for name, function, argument in (("decode", model.decode, z), ("encode", model.encode, video)):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        took = seconds(functools.partial(finished, function, argument), repeats)
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device == "cuda" else "memory not reported"
+        print(f"diffusers, {name:9s} {took * 1e3:10.1f} ms {frames / took:8.1f} frames/s   {peak}", flush=True)
 
 
 def _state(c: WanConfig, params, dtype, device) -> dict[str, torch.Tensor]:

@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--convolution", choices=CONVOLUTIONS, default="fold")
     parser.add_argument("--width-scale", type=float, default=1.0, help="scale the networks' widths, to try things out")
+    parser.add_argument("--torch", action="store_true", help="time diffusers' class for 2.1 too")
     a = parser.parse_args()
 
     config = VERSIONS[a.version](dtype=a.dtype, step=a.step, convolution=a.convolution)
@@ -85,6 +86,10 @@ def main():
     report("encode, whole clip", a.frames, vae.encode, params, video)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print("peak of the device:", f"{peak / 2**30:.2f} GiB" if peak else "not reported")
+    if a.torch:
+        from crcm_jax.models.wan import bench_torch
+
+        bench_torch.vae(a.frames, a.height, a.width, a.repeats)
 
 
 if __name__ == "__main__":
