@@ -1,7 +1,15 @@
-"""The real train step, compiled for a TPU slice that is not there: what it needs, moves and computes on each chip."""
+"""The real train step, compiled for devices that are not there: what it needs, moves and computes on each of them.
+
+For TPUs the compiler is theirs, from the libtpu wheel, with the Pallas kernels inside: the program is the one that a
+slice would run. No compiler for GPUs runs without one, so for those the step is cut up for as many CPU devices: which
+collectives a mesh takes is found out, and not how much memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -10,32 +18,26 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from crcm_jax import build
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.objectives.algorithm import Algorithm
-from crcm_jax.parallel import flops, hlo, plan, rules
+from crcm_jax.parallel import chips, flops, hlo, plan, rules
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.step import make_steps
-
-HBM = {"TPU v5 lite": 16 * plan.GIB, "TPU v5": 95 * plan.GIB, "TPU v6 lite": 32 * plan.GIB, "TPU7x": 96 * plan.GIB}
-"""Bytes of memory of one device; a tpu7x chip is two devices and has twice that."""
+from pallas_kernels.attention import mosaic_tpu
 
 
-class Compiled(NamedTuple):
-    """One player's step. Bytes are those on one device, `flops` those of all devices together."""
+class Target(NamedTuple):
+    """What to compile for. machine: how many devices one fast network joins; on_chip: whether for the chip itself."""
 
-    player: str
-    seconds: float
-    arguments: int
-    """State and frozen trees: what `plan` counts, padded as the chip lays arrays out."""
-    temporary: int
-    """Activations, gradients and buffers of communication."""
-    peak: int
-    flops: int
-    collectives: list[hlo.Collective]
+    devices: list[Any]
+    chip: chips.Chip
+    machine: int
+    on_chip: bool
 
 
 class Inputs(NamedTuple):
@@ -46,10 +48,59 @@ class Inputs(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def devices(topology: str) -> list[Any]:
-    """The devices of a topology such as `v5p:2x2x1`. UserError without libtpu; UsageError for one it does not know."""
+class Run(NamedTuple):
+    """A configuration on a target."""
+
+    config: ConfigDict
+    target: Target
+    mesh: Mesh
+    algorithm: Algorithm
+    inputs: Inputs
+
+
+class Compiled(NamedTuple):
+    """One player's step. Bytes are those on one device."""
+
+    player: str
+    trace_seconds: float
+    compile_seconds: float
+    arguments: int
+    """State and frozen trees: what `plan` counts, padded as the chip lays arrays out. As `peak`, 0 if not on chip."""
+    peak: int
+    """Arguments, activations, gradients, buffers of communication, and the program itself."""
+    flops: float
+    """Of matrix products, the whole step's over the number of devices."""
+    collectives: list[hlo.Collective]
+    compute_seconds: float
+    """`flops` at the chip's peak."""
+
+    @property
+    def link_seconds(self) -> float:
+        """Everything that is sent, one after another, at the links' peak."""
+        return sum(c.seconds for c in self.collectives)
+
+    @property
+    def largest_gather(self) -> int:
+        """Bytes of the largest all-gather's result."""
+        return max((c.largest for c in self.collectives if c.kind == "all-gather"), default=0)
+
+
+def target(topology: str) -> Target:
+    """The devices of a topology such as `v5p:2x2x1` or `h200:8`.
+
+    UserError without libtpu, or if this process has already made fewer CPU devices than there would be GPUs; UsageError
+    for a topology that nothing knows.
+    """
+    gpus = chips.gpus(topology)
+    if gpus:
+        with contextlib.suppress(RuntimeError):  # too late: then it has as many devices as it has
+            jax.config.update("jax_num_cpu_devices", gpus.count)
+        devices = jax.devices("cpu")
+        if len(devices) < gpus.count:
+            raise UserError(f"--topology={topology} needs a process of its own: this one has {len(devices)} devices")
+        return Target(devices[: gpus.count], gpus.chip, gpus.machine, on_chip=False)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
         if "libtpu" in str(error).lower() or isinstance(error, ImportError | NotImplementedError):
             raise UserError(
@@ -57,19 +108,68 @@ def devices(topology: str) -> list[Any]:
             ) from error
         raise UsageError(
             f"--topology={topology} is not one that libtpu knows: use a generation and the chips along each side, "
-            "for example v5p:2x2x1, v5p:4x4x8, v6e:16x16 or tpu7x:2x2x1"
+            "for example v5p:2x2x1, v5p:4x4x8, v6e:16x16 or tpu7x:2x2x1, or GPUs by count, h200:8 or h100:8x4"
         ) from error
+    return Target(devices, chips.tpu(devices[0].device_kind), len(devices), on_chip=True)
 
 
-def hbm(device: Any) -> int:
-    """Bytes of memory of one device of that kind; UsageError for a kind that is not in `HBM`."""
-    if device.device_kind not in HBM:
-        raise UsageError(f"the memory of a {device.device_kind} is not known here: use one of {', '.join(HBM)}")
-    return HBM[device.device_kind]
+def prepare(config: ConfigDict, target: Target) -> Run:
+    """What a run of `config` passes to its steps, cut over the mesh; nothing is allocated.
+
+    UsageError, or what the config's own checks raise, if it does not agree with itself or with the target.
+    """
+    if target.on_chip and not config.model.get("attention"):
+        config = _with_attention(config, "mosaic_tpu")  # what it will be there, where the default device is a TPU
+    mesh = meshes.make(config, target.devices)
+    algorithm = build.algorithm(config, mesh)
+    return Run(config, target, mesh, algorithm, _inputs(config, algorithm, mesh))
 
 
-def inputs(config, algorithm: Algorithm, mesh: Mesh) -> Inputs:
-    """What a run of `config` passes to its steps, cut over `mesh`; nothing is allocated."""
+def compile_step(run: Run, player: str) -> Compiled:
+    """Compiles the step of `player`, "student" or "critic".
+
+    UserError if it needs more memory than a device has, by how much, and what to do.
+    """
+    chip, devices = run.target.chip, len(run.target.devices)
+    began = time.perf_counter()
+    traced = _trace(run, run.algorithm, player)
+    trace_seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    compiled = _compile(run, traced, player)
+    compile_seconds = time.perf_counter() - began
+    arguments = peak = 0
+    if run.target.on_chip:
+        memory = compiled.memory_analysis()
+        arguments = memory.argument_size_in_bytes
+        peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        if peak > chip.hbm:
+            raise UserError(_lack(run, player, peak, chip.hbm))
+    # A rollout's last step stands by itself; those before it are a loop up to a number that changes from step to step.
+    rolls = 1 if run.algorithm.critic is None else max(1, build.rollout_plan(run.config).steps[0] - 1)
+    work = flops.matmul_flops(_counted(run, player, traced).jaxpr.jaxpr, rolls) / devices
+    speed = functools.partial(chips.speed, chip, run.target.machine)
+    found = hlo.collectives(compiled.as_text(), devices, speed, rolls)
+    return Compiled(player, trace_seconds, compile_seconds, arguments, peak, work, found, work / chip.flops)
+
+
+def layer_bytes(inputs: Inputs) -> int:
+    """Bytes of the parameters of one layer, whole, of the network whose layers are largest."""
+    networks = (inputs.state.params, inputs.state.critic, *inputs.others.values())
+    blocks = [tree["blocks"] for tree in networks if isinstance(tree, dict) and "blocks" in tree]
+    return max(sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in blocks)
+
+
+def undivided(run: Run) -> list[str]:
+    """One line for each weight, of each network, that a rule would cut and whose length does not divide."""
+    lines: list[str] = []
+    networks = {"student": run.inputs.state.params, "critic": run.inputs.state.critic, **run.inputs.others}
+    for tree in networks.values():
+        rules.shardings(tree, run.mesh, lines.append)
+    return list(dict.fromkeys(lines))
+
+
+def _inputs(config: ConfigDict, algorithm: Algorithm, mesh: Mesh) -> Inputs:
     key = jax.eval_shape(jax.random.key, 0)
     dtype = jnp.dtype(config.param_dtype)
 
@@ -94,63 +194,55 @@ def inputs(config, algorithm: Algorithm, mesh: Mesh) -> Inputs:
     return Inputs(rules.abstract(state, mesh), rules.abstract(others, mesh), batch)
 
 
-def compile_step(config, algorithm: Algorithm, mesh: Mesh, arguments: Inputs, player: str, room: int) -> Compiled:
-    """Compiles the step of `player`, "student" or "critic", for the devices of `mesh`.
-
-    UserError if it needs more than `room` bytes a device, by how much, and what to do.
-    """
+def _trace(run: Run, algorithm: Algorithm, player: str):
     steps = make_steps(
-        rules.cut_gradients(algorithm, mesh),
-        *_optimizers(config, algorithm),
-        ema_rate=config.ema.rate,
-        seed=config.seed,
-        accumulate=config.optim.get("accumulate", 1),
-        shardings=jax.tree.map(lambda x: x.sharding, arguments.state),
+        rules.cut_gradients(algorithm, run.mesh),
+        *_optimizers(run.config, algorithm),
+        ema_rate=run.config.ema.rate,
+        seed=run.config.seed,
+        accumulate=run.config.optim.get("accumulate", 1),
+        shardings=jax.tree.map(lambda x: x.sharding, run.inputs.state),
     )
-    traced = steps[player == "critic"].trace(*arguments)
-    began = time.perf_counter()
+    with mosaic_tpu.compile_for(run.target.chip.name if run.target.on_chip else "v5p"):
+        return steps[player == "critic"].trace(*run.inputs)
+
+
+def _compile(run: Run, traced, player: str):
+    if not run.target.on_chip:
+        # Only how the program is cut up is of interest, not how well a CPU would run it.
+        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        return traced.lower().compile(compiler_options=options)
     try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        return traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
         if not used:
             raise
         need, has = (float(used[i]) * 1024 ** " KMGT".index(used[i + 1] or " ") for i in (1, 3))
-        raise UserError(_lack(player, need, has, mesh)) from error
-    seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = held + memory.temp_size_in_bytes
-    if peak > room:
-        raise UserError(_lack(player, peak, room, mesh))
-    return Compiled(
-        player,
-        seconds,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        peak,
-        flops.matmul_flops(traced.jaxpr.jaxpr),
-        hlo.collectives(compiled.as_text()),
-    )
+        raise UserError(_lack(run, player, need, has)) from error
 
 
-def undivided(arguments: Inputs, mesh: Mesh) -> list[str]:
-    """One line for each weight, of each network, that a rule would cut and whose length does not divide."""
-    lines: list[str] = []
-    networks = {"student": arguments.state.params, "critic": arguments.state.critic, **arguments.others}
-    for tree in networks.values():
-        rules.shardings(tree, mesh, lines.append)
-    return list(dict.fromkeys(lines))
+def _counted(run: Run, player: str, traced):
+    """The step with attention in kernels, which say what they cost; other attention hides it in loops over tiles."""
+    if run.config.model.get("attention") == "mosaic_tpu":
+        return traced
+    return _trace(run, build.algorithm(_with_attention(run.config, "mosaic_tpu"), run.mesh), player)
 
 
-def _lack(player: str, need: float, has: float, mesh: Mesh) -> str:
+def _with_attention(config: ConfigDict, name: str) -> ConfigDict:
+    config = ConfigDict(config.to_dict())
+    config.model.attention = name
+    return config
+
+
+def _lack(run: Run, player: str, need: float, has: float) -> str:
     return (
         f"the {player}'s step does not fit: it needs {need / plan.GIB:.1f} GiB on each device, "
         f"{(need - has) / plan.GIB:.1f} GiB more than the {has / plan.GIB:.1f} GiB it has: "
-        f"{plan.mend(mesh, need / has)}"
+        f"{plan.mend(run.mesh, need / has)}"
     )
 
 
-def _optimizers(config, algorithm: Algorithm) -> tuple[Optimizer, Optimizer | None]:
+def _optimizers(config: ConfigDict, algorithm: Algorithm) -> tuple[Optimizer, Optimizer | None]:
     critic = None if algorithm.critic is None else Optimizer.from_config(config.critic_optim)
     return Optimizer.from_config(config.optim), critic

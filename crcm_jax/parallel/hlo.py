@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -19,42 +22,78 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\([^,]*?, (?:s32\[\]\S* )?%?([\w.\-]+)\), direction=LT")
+# Groups of devices come as {{0,1},{2,3}}; as all numbers up to a product, in an array of a shape, its axes exchanged,
+# cut into so many groups; or as the axes, or parts of axes (how much is before the part, its length), of a mesh.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_NUMBERED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESHED = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_AXIS = re.compile(r"'([^']+)'=(\d+)")
+_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+
+Speed = Callable[[Sequence[int]], float]
+"""Bytes/s at which a device can send to the others of a group, which are given by number."""
 
 
 class Collective(NamedTuple):
     """One kind: instructions in the program, how often they run in a step, bytes of their results on one device over
-    the step, bytes of the largest one."""
+    the step, bytes of the largest one, bytes that a device sends over the step, and seconds that takes."""
 
     kind: str
     instructions: int
     runs: int
     bytes: int
     largest: int
+    sent: float
+    seconds: float
 
 
-def collectives(text: str) -> list[Collective]:
-    """The collectives of optimised HLO, by kind, largest first.
+class _Instruction(NamedTuple):
+    kind: str
+    bytes: int
+    group: list[int]
+    """The devices of the first group; all groups are alike."""
 
-    A loop's body counts as often as the loop says that it runs (a count to a constant, as scans have), and once where
-    that depends on data. Both branches of a conditional count. An all-to-all or reduce-scatter that XLA spells with
-    others counts as what it is spelt with.
+
+def collectives(text: str, devices: int, speed: Speed, counted: int = 1) -> list[Collective]:
+    """The collectives of optimised HLO for so many devices, by kind, largest first.
+
+    A loop's body counts as often as the loop says that it runs (a count to a constant, as scans have); `counted` times
+    where it counts to a number known only when it runs; and once where its end is something else. Both branches of a
+    conditional count. An all-to-all or reduce-scatter that XLA spells with others counts as what it is spelt with.
+    Seconds are those of the bytes alone, one collective after another.
     """
-    found, called, entry = _read(text)
+    found, called, entry = _read(text, devices, counted)
     times = _runs(called, entry)
-    totals: dict[str, list[int]] = {}
+    totals: dict[str, Collective] = {}
     for name, instructions in found.items():
-        for kind, size in instructions:
-            total = totals.setdefault(kind, [0, 0, 0, 0])
-            total[0] += 1
-            total[1] += times.get(name, 0)
-            total[2] += times.get(name, 0) * size
-            total[3] = max(total[3], size)
-    return sorted((Collective(kind, *total) for kind, total in totals.items()), key=lambda c: -c.bytes)
+        runs = times.get(name, 0)
+        for kind, size, group in instructions:
+            old = totals.get(kind, Collective(kind, 0, 0, 0, 0, 0.0, 0.0))
+            sent = runs * _sent(kind, size, len(group))
+            totals[kind] = Collective(
+                kind,
+                old.instructions + 1,
+                old.runs + runs,
+                old.bytes + runs * size,
+                max(old.largest, size),
+                old.sent + sent,
+                old.seconds + (sent / speed(group) if sent else 0.0),
+            )
+    return sorted(totals.values(), key=lambda c: -c.bytes)
 
 
-def _read(text: str):
+def _sent(kind: str, size: int, n: int) -> float:
+    """Bytes that each of n devices sends at least, where `size` is the bytes of the result on one of them."""
+    if kind == "collective-permute":
+        return size
+    if kind == "reduce-scatter":
+        return size * (n - 1)
+    return (2 if kind == "all-reduce" else 1) * size * (n - 1) / n
+
+
+def _read(text: str, devices: int, counted: int):
     """Collectives of each computation, the (computation, times) that each one calls, and the entry's name."""
-    found: dict[str, list[tuple[str, int]]] = {}
+    found: dict[str, list[_Instruction]] = {}
     called: dict[str, list[tuple[str, int]]] = {}
     lengths: dict[str, int] = {}
     constants: dict[str, int] = {}
@@ -70,11 +109,12 @@ def _read(text: str):
             continue
         match = _COLLECTIVE.search(line)
         if match:
-            found[here].append((match[2], _result_bytes(match[1], started=bool(match[3]))))
+            size = _result_bytes(match[1], started=bool(match[3]))
+            found[here].append(_Instruction(match[2], size, _group(line, devices)))
         constants |= {name: int(value) for name, value in _CONSTANT.findall(line)}
         below = _BELOW.search(line)
-        if below and below[1] in constants:
-            lengths[here] = constants[below[1]]
+        if below:
+            lengths[here] = constants.get(below[1], counted)
         trips, condition = _TRIPS.search(line), _CONDITION.search(line)
         # TPU programs do not note the count; a condition is printed before the loop that it ends.
         length = int(trips[1]) if trips else lengths.get(condition[1], 1) if condition else 1
@@ -82,6 +122,28 @@ def _read(text: str):
             times = length if role == "body" else 1
             called[here] += [(name.strip().lstrip("%"), times) for name in names.strip("{}").split(",")]
     return found, called, entry
+
+
+def _group(line: str, devices: int) -> list[int]:
+    """The devices of an instruction's first group."""
+    if found := _LISTED.search(line):
+        return [int(n) for n in found[1].split(",")]
+    if found := _NUMBERED.search(line):
+        shape = [int(n) for n in found[3].split(",")]
+        numbers = np.arange(math.prod(shape)).reshape(shape)
+        if found[4]:
+            numbers = numbers.transpose([int(n) for n in found[4].split(",")])
+        return numbers.reshape(int(found[1]), int(found[2]))[0].tolist()
+    if found := _MESHED.search(line):
+        axes = {name: int(length) for name, length in _AXIS.findall(found[1])}
+        group = np.zeros(1, int)
+        for name, before, length in _PART.findall(found[2]):
+            names = list(axes)
+            stride = math.prod(axes[other] for other in names[names.index(name) + 1 :])
+            stride *= axes[name] // (int(before) * int(length)) if before else 1
+            group = (group[:, None] + stride * np.arange(int(length or axes[name]))).ravel()
+        return group.tolist()
+    return list(range(devices))
 
 
 def _runs(called, entry: str) -> dict[str, int]:

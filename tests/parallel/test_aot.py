@@ -1,14 +1,22 @@
 """Compiling ahead of time: what is counted, and what a user is told without waiting for a compiler."""
 
+import functools
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from crcm_jax.cli import aot
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.parallel import flops, hlo
+from crcm_jax.parallel import ahead, chips, flops, hlo
+from pallas_kernels.attention import Full, attention, mosaic_tpu
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -18,37 +26,117 @@ PROGRAM = """
 }
 
 %body (p: (s32[], f32[8,4], /*index=2*/bf16[2,4])) -> (s32[], f32[8,4], /*index=2*/bf16[2,4]) {
-  %g = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%w), dimensions={0}
+  %g = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%w), dimensions={0}, replica_groups=[2,4]<=[4,2]T(1,0)
   ROOT %t = (s32[], f32[8,4], /*index=2*/bf16[2,4]) tuple(%i, %x, %w)
 }
 
 %condition (p: (s32[], f32[8,4], bf16[2,4])) -> pred[] {
   %n.1 = s32[]{:T(128)} constant(30)
-  ROOT %l = pred[]{:T(512)} compare(%i, %n.1), direction=LT, metadata={}
+  ROOT %l = pred[]{:T(512)} compare(%i, BOUND), direction=LT, metadata={}
 }
 
 ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %w = (s32[], f32[8,4], bf16[2,4]) while(%t), condition=%condition, body=%bodyNOTED
-  %r = (f32[8,4], f32[8,4]) all-reduce-start(%y), to_apply=%add
+  %r = (f32[8,4], f32[8,4]) all-reduce-start(%y), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %s = f32[2,4] reduce-scatter(%y), replica_groups={}, to_apply=%add
   ROOT %d = f32[8,4] all-reduce-done(%r)
 }
 """
 
 
+def _collectives(bound="%n.1", noted="", counted=1):
+    text = PROGRAM.replace("NOTED", noted).replace("BOUND", bound)
+    # A speed by which a result tells which devices were in the group.
+    found = hlo.collectives(text, 8, lambda group: float(1 + group[-1]), counted)
+    return {c.kind: c for c in found}
+
+
 @pytest.mark.parametrize("noted", [', backend_config={"known_trip_count":{"n":"30"}}', ""])
 def test_collectives_count_as_often_as_their_loops_run(noted):
-    gather, reduce = hlo.collectives(PROGRAM.replace("NOTED", noted))
-    assert gather == hlo.Collective("all-gather", 1, 30, 30 * 64, 64)
-    assert reduce == hlo.Collective("all-reduce", 1, 1, 128, 128)
+    found = _collectives(noted=noted)
+    # Groups of four, the first 0, 2, 4, 6: three quarters of the result come from the others.
+    assert found["all-gather"] == hlo.Collective("all-gather", 1, 30, 30 * 64, 64, 30 * 48, 30 * 48 / 7)
+    # Groups of two, the first 0, 1: half is sent to be summed, half is sent on.
+    assert found["all-reduce"] == hlo.Collective("all-reduce", 1, 1, 128, 128, 128, 128 / 2)
+    assert found["reduce-scatter"] == hlo.Collective("reduce-scatter", 1, 1, 32, 32, 7 * 32, 7 * 32 / 8)
 
 
-def test_flops_count_scans_and_the_dearest_branch():
-    def f(x, w):
+@pytest.mark.parametrize(
+    ("written", "devices"),
+    [
+        ("{{0,1},{2,3}}", [0, 1]),
+        ("[2,4]<=[8]", [0, 1, 2, 3]),
+        ("[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
+        ("mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
+        ("{}", list(range(8))),
+    ],
+)
+def test_groups_are_read_however_they_are_written(written, devices):
+    assert hlo._group(f" all-gather(%x), replica_groups={written}, dimensions={{0}}", 8) == devices
+
+
+def test_a_loop_up_to_a_traced_number_counts_as_often_as_said():
+    assert _collectives("%n.2", counted=3)["all-gather"].runs == 3
+
+
+def test_flops_count_loops_and_the_dearest_branch():
+    def f(x, w, n):
         x, _ = jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)
+        x = jax.lax.fori_loop(0, n, lambda _, x: x @ w, x)
+        x = jax.lax.while_loop(lambda x: jnp.all(x < 1), lambda x: x @ w, x)
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)
 
-    traced = jax.make_jaxpr(f)(jnp.ones((2, 3)), jnp.ones((3, 3)))
-    assert flops.matmul_flops(traced.jaxpr) == 7 * 2 * 2 * 3 * 3
+    traced = jax.make_jaxpr(f)(jnp.ones((2, 3)), jnp.ones((3, 3)), 4)
+    assert flops.matmul_flops(traced.jaxpr, counted=4) == (5 + 4 + 1 + 2) * 2 * 2 * 3 * 3
+
+
+def test_flops_of_attention_are_those_of_its_tiles_on_every_device():
+    mesh = AbstractMesh((2, 3), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    call = functools.partial(attention, mask=Full(), implementation="mosaic_tpu")
+    q = jax.ShapeDtypeStruct((2, 1024, 3, 128), jnp.bfloat16)
+
+    def gradient(cut, *qkv):
+        split = jax.shard_map(call, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
+        return jax.grad(lambda *qkv: jnp.sum(split(*qkv).astype(jnp.float32)), (0, 1, 2))(*qkv)
+
+    def count(cut):
+        with mosaic_tpu.compile_for("v5p"):
+            return flops.matmul_flops(jax.make_jaxpr(functools.partial(gradient, cut))(q, q, q).jaxpr)
+
+    # Two products forward, three for dq, and four for dk and dv: scores and the weights' gradients twice.
+    once = (2 + 3 + 4) * 2 * (2 * 3 * 1024 * 1024 * 128)
+    assert count(P("data", None, "tensor")) == once
+    assert count(P("data")) == 3 * once  # every device of the axis does all heads
+
+
+def test_gpus_come_by_count_and_send_through_their_machines():
+    h100 = chips.GPUS[0]
+    assert chips.gpus("h100:32") == chips.Gpus(h100, 32, 1)
+    assert chips.gpus("h100:8x4") == chips.Gpus(h100, 8, 4)
+    assert chips.gpus("v5p:2x2x1") is None
+    assert chips.speed(h100, 8, range(8)) == h100.links
+    assert chips.speed(h100, 8, range(0, 32, 8)) == h100.network  # one GPU in each machine
+    assert chips.speed(h100, 8, range(0, 16, 2)) == 4 * h100.network
+    assert chips.speed(h100, 8, range(32)) == 8 * h100.network
+    assert chips.speed(chips.TPUS[0], 256, range(256)) == chips.TPUS[0].links
+
+
+def test_gathers_of_a_mesh_of_gpus_are_of_one_layer():
+    """The whole command, in a process of its own: eight layers, so that gathering a stack of them would stand out."""
+    words = ["--config=configs/digits.py:tf", "--topology=h200:2x2", "--config.mesh.fsdp=2", "--config.mesh.context=2"]
+    sizes = {"layers": 8, "dim": 96}
+    words += [f"--config.model.{key}={value}" for key, value in sizes.items()]
+    command = [sys.executable, "-m", "crcm_jax", "aot", *words]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    gathered = re.search(r"largest all-gather ([\d.]+) MB: no more than a layer's .*, ([\d.]+) MB", done.stdout)
+    assert gathered, done.stdout
+    assert 0 < float(gathered[1]) <= float(gathered[2])
+    assert re.search(r"all-to-all +\d+", done.stdout)  # heads against tokens
+    assert "memory beyond the above is not known" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -57,11 +145,19 @@ def test_flops_count_scans_and_the_dearest_branch():
         (["--config=configs/digits.py:tf"], "--topology is missing"),
         (["--config=configs/digits.py:tf", "--topology=v5p:2x2x1", "--config.mesh.fsdp=x"], "positive integer"),
         (["--topology=v5p:2x2x1"], "--config=FILE.py is missing"),
+        (["--config=configs/digits.py:tf", "--topology=h100:8x"], "--topology=h100:8x: say how many GPUs"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(words, says):
     with pytest.raises(UsageError, match=says):
         aot.main(words)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """libtpu's environment, for one test."""
+    for name, value in aot._ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 @needs_libtpu
@@ -75,9 +171,27 @@ def test_a_wrong_command_line_is_one_sentence(words, says):
          "GiB more than the 16.0 GiB it has: use mesh.fsdp="),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_sentence_before_any_compilation(words, says, monkeypatch):
-    for name, value in aot._ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+def test_what_cannot_be_is_one_sentence_before_any_compilation(words, says, compiler):
     with pytest.raises(UserError, match=says) as error:
         aot.main(["--config=configs/digits.py:tf", *words])
     assert "\n" not in str(error.value)
+
+
+def test_without_libtpu_the_user_is_told_what_to_install(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    for name, value in aot._ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="pip install"):
+        aot.main(["--config=configs/digits.py:tf", "--topology=v5p:2x2x1"])
+
+
+@needs_libtpu
+def test_a_step_is_compiled_with_its_kernels_and_must_fit(compiler, capsys, monkeypatch):
+    words = ["--config=configs/digits.py:tf", "--topology=v5e:2x2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    config, topology, _ = aot.parse([*words, "--config.model.layers=1"])
+    target = ahead.target(topology)
+    run = ahead.prepare(config, target)
+    step = ahead.compile_step(run, "student")
+    assert 0 < step.arguments < step.peak < target.chip.hbm
+    assert "attention_backward_kv" in str(ahead._trace(run, run.algorithm, "student").jaxpr)
