@@ -7,7 +7,8 @@ import pytest
 
 from crcm_jax import build, demo
 from crcm_jax.errors import UserError
-from crcm_jax.train import loop, weights
+from crcm_jax.parallel import processes
+from crcm_jax.train import weights
 
 TINY = {
     "model.layers": 1,
@@ -47,8 +48,7 @@ def test_all_stages_lead_to_a_report_and_every_promised_number(small, tmp_path):
 
 
 def test_a_stage_that_was_stopped_stops_the_demo(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.StopSignal, "requested", True, raising=False)
-    monkeypatch.setattr(loop.StopSignal, "__init__", lambda self: setattr(self, "_before", {}))
+    monkeypatch.setattr(processes.StopSignal, "agreed", lambda self: True)
     with pytest.raises(UserError, match="goes on from here"):
         demo.run(tmp_path / "demo", from_scratch=True)
     assert not (tmp_path / "demo" / "metrics.json").exists()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError, blame_config
+from crcm_jax.parallel.witness import Witness
 
 HELP = "train a model in a workdir, or go on where it stopped"
 EXAMPLE = "crcm train --config=configs/digits.py:tf_scm --workdir=out/tf_scm --config.optim.lr=1e-4"
@@ -21,6 +26,13 @@ SIGTERM or Ctrl-C saves and exits; the same command goes on from there.
 
   --config    a Python file with get_config(variant); a variant of configs/digits.py is a training type
   --workdir   folder of the run: checkpoints, metrics.jsonl, TensorBoard, samples
+
+As one of several processes (docs/launch.md), which must share the workdir; the same command on each, but for --process:
+
+  --distributed                take what follows from the cluster's environment (TPU VMs, GKE, Slurm, Open MPI)
+  --coordinator=HOST:PORT      where process 0 listens
+  --processes=N --process=I    how many processes there are, and which this one is, from 0
+  --wait=300                   how many seconds they wait for each other to start
 
 for example:
   {EXAMPLE}"""
@@ -81,15 +93,48 @@ def _check_key(key: str, config: ConfigDict) -> None:
     raise UsageError(f"the configuration has no key config.{key}{hint}")
 
 
+def parse_processes(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """(arguments of `processes.join`, or None for one process; the other words) of a command line. UsageError."""
+    parser = Parser(prog="crcm train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--wait", type=int, default=300)
+    given, rest = parser.parse_known_args(argv)
+    named = (given.coordinator, given.processes, given.process)
+    if given.distributed and any(value is not None for value in named):
+        raise UsageError("--distributed takes everything from the environment: leave it out, or the other options")
+    if not given.distributed and all(value is None for value in named):
+        return None, rest
+    if not given.distributed:
+        if None in named:
+            raise UsageError("several processes need all of --coordinator=HOST:PORT, --processes=N and --process=I")
+        if not re.fullmatch(r".+:\d+", given.coordinator):
+            raise UsageError(f"--coordinator={given.coordinator} must be HOST:PORT")
+        if not 0 <= given.process < given.processes:
+            raise UsageError(f"--process={given.process} of --processes={given.processes}: number them from 0 to N − 1")
+    return {"coordinator": named[0], "count": named[1], "index": named[2], "wait": given.wait}, rest
+
+
 def main(argv: list[str]) -> int:
     """Trains; returns 0 when done or stopped by a signal."""
     if any(word in ("-h", "--help", "-help") for word in argv):
         print(_USAGE)
         return 0
+    together, argv = parse_processes(argv)
     config, workdir = parse(argv)
     # The data pipeline's worker processes ask for absl flags that somebody has parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    if together is None:
+        _train(config, workdir)
+    else:
+        _train_together(config, workdir, together)
+    return 0
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
     from crcm_jax.evaluate.clips import training_clips
     from crcm_jax.train.assemble import train
@@ -97,4 +142,20 @@ def main(argv: list[str]) -> int:
     with blame_config():
         sampler = training_clips(config)
     train(config, workdir, sampler)
-    return 0
+
+
+def _train_together(config: ConfigDict, workdir: Path, together: dict[str, Any]) -> None:
+    """As one of several processes. Where this one cannot go on it ends, without waiting for those that may be gone."""
+    index = together["index"]
+    witness = Witness("?" if index is None else str(index))
+    from crcm_jax.parallel import processes
+
+    try:
+        processes.join(**together)
+        _train(config, workdir)
+        processes.leave()
+    except BaseException as error:
+        code = processes.explain(error, index)
+        witness.dismiss()
+        os._exit(code)
+    witness.dismiss()

@@ -47,7 +47,7 @@ def make(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     shape = sizes(config)
     chips = list(jax.devices() if devices is None else devices)
     wanted = math.prod(shape)
-    if wanted == 1:
+    if wanted == 1 and jax.process_count() == 1:
         chips = chips[:1]
     if wanted != len(chips):
         raise UsageError(

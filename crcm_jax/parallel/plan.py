@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from crcm_jax.errors import UserError
@@ -67,7 +68,8 @@ def refuse_what_cannot_fit(plan: Plan, mesh: Mesh) -> None:
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
     if None in limits:
         return
-    print(f"crcm: on each device of {meshes.describe(tuple(mesh.shape.values()))}:\n{table(plan)}", flush=True)
+    if jax.process_index() == 0:
+        print(f"crcm: on each device of {meshes.describe(tuple(mesh.shape.values()))}:\n{table(plan)}", flush=True)
     lack = shortage(plan, mesh, min(limits))
     if lack:
         raise UserError(lack)

@@ -14,7 +14,7 @@ from crcm_jax.errors import UsageError, blame_config
 from crcm_jax.evaluate.clips import training_clips
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import rules
+from crcm_jax.parallel import processes, rules
 from crcm_jax.train import encoders
 from crcm_jax.train.loop import Initial, Sampler, run
 from crcm_jax.train.state import TrainState
@@ -80,9 +80,11 @@ def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
 def train(config, workdir: str | Path, sampler: Sampler | None = None) -> TrainState:
     """Assembles what `config` describes and runs it in `workdir`; see `run`. `sampler` writes clips as it goes."""
     with blame_config():
-        algorithm = build.algorithm(config, meshes.make(config))
+        mesh = meshes.make(config)
+        algorithm = build.algorithm(config, mesh)
         codec, text_encoder = build.codec(config), encoders.text_encoder(config)
         params = encoders.codec_params(config, codec)
-        data = pipeline.make(config, codec=codec, codec_params=params, text_encoder=text_encoder)
+        rows = processes.rows(meshes.samples(mesh), config.data.batch_size)
+        data = pipeline.make(config, codec=codec, codec_params=params, text_encoder=text_encoder, rows=rows)
     init = initial(config, algorithm, encoders.negative_embedding(config, text_encoder))
     return run(config, workdir, algorithm=algorithm, data=data, init=init, sampler=training_clips(config))

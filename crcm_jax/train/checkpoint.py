@@ -1,7 +1,10 @@
 """Saving and restoring a run, in the background and bit for bit.
 
 A checkpoint is a folder named by its iteration, as `storage` describes, with the trees `params` (student), `ema`,
-`opt`, X
+`opt`, `critic`, `critic_opt` and `counters`; beside them `data.json`, where the data stood in every process, and in
+`meta.json` the unfinished window of the log. It knows nothing of meshes: any number of devices and processes can go on
+from it. All processes of a run write their parts of the arrays into one folder, which they must share; the first
+process writes everything else.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import jax
 
 from crcm_jax.errors import UserError
+from crcm_jax.parallel import processes
 from crcm_jax.train import manifest, storage
 from crcm_jax.train.identity import as_json
 from crcm_jax.train.state import TrainState
@@ -51,8 +55,21 @@ def _encode(data_state: Any) -> str:
     return json.dumps({"json": data_state})
 
 
+def _together(encoded: list[str]) -> str:
+    """The data states of all processes; of those that are all the same, one."""
+    return encoded[0] if len(set(encoded)) == 1 else json.dumps({"processes": encoded})
+
+
 def _decode(text: str) -> Any:
+    """This process's data state. Where all were the same, it serves any number of processes."""
     kind, value = next(iter(json.loads(text).items()))
+    if kind == "processes":
+        if len(value) != jax.process_count():
+            raise UserError(
+                f"the checkpoint holds a data position for each of {len(value)} processes, and they differ: go on with "
+                f"as many processes, not {jax.process_count()}"
+            )
+        return _decode(value[jax.process_index()])
     return base64.b64decode(value) if kind == "bytes" else value
 
 
@@ -77,8 +94,6 @@ class Checkpoints:
         if iteration == self._saved:
             return
         folder = self.parent / f"{iteration:09d}"
-        if folder.exists():
-            manifest.discard(folder)  # half-written or damaged: a whole one would have been restored
         meta = {
             "format": storage.FORMAT,
             "iteration": iteration,
@@ -88,22 +103,35 @@ class Checkpoints:
             "log": log_state,
             "jax": jax.__version__,
         }
+
+        def prepare():
+            try:
+                if folder.exists():
+                    manifest.discard(folder)  # half-written or damaged: a whole one would have been restored
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise self._failure(error, folder) from error
+
+        processes.decided_by_first(prepare)
+        positions = _together(processes.gather(_encode(data_state)))
         try:
-            folder.mkdir(parents=True)
             response = storage.write_trees(folder, trees_of(state))
         except Exception as error:
             raise self._failure(error, folder) from error
 
         def finish():
             try:
-                manifest.write_text(folder / "data.json", _encode(data_state))
-                manifest.write_text(folder / "meta.json", json.dumps(meta, indent=1))
-                response.result()
-                manifest.seal(folder)
+                if processes.is_first():
+                    manifest.write_text(folder / "data.json", positions)
+                    manifest.write_text(folder / "meta.json", json.dumps(meta, indent=1))
+                response.result()  # every process's part
+                if processes.is_first():
+                    manifest.seal(folder)
             except Exception as error:
                 raise self._failure(error, folder) from error
             self._saved = iteration
-            self._prune(iteration)
+            if processes.is_first():
+                self._prune(iteration)
 
         self._pending = self._worker.submit(finish)
 
@@ -112,7 +140,7 @@ class Checkpoints:
         before = f"the checkpoint before it, {kept[0]}, is intact" if kept else "there is no checkpoint before it"
         full = storage.is_out_of_space(error)
         reason = "the disk is full" if full else f"{type(error).__name__}: {error}".splitlines()[0]
-        if folder.exists():
+        if folder.exists() and processes.is_first():
             manifest.discard(folder)
         mend = "free some space" if full else "mend that"
         return UserError(f"cannot write checkpoint {folder}: {reason}; {before}; {mend} and run the same command again")
@@ -149,9 +177,10 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, Any, Any] | None:
         """(state, data state, log state) of the last whole checkpoint, in `like`'s shapes, types and shardings; None if
         the run has none. UserError if it is of another training type or architecture."""
-        folder = storage.newest_whole(self.parent)
-        if folder is None:
+        found = processes.decided_by_first(lambda: str(storage.newest_whole(self.parent) or ""))
+        if not found:
             return None
+        folder = Path(found)
         meta = storage.read_meta(folder)
         if meta["training"] != self.config.get("training"):
             raise UserError(

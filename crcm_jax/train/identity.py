@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from crcm_jax.errors import UserError
+from crcm_jax.parallel import processes
 from crcm_jax.train import manifest
 
-HARMLESS = ("train.", "sample.")
-"""Configuration that may change when a run goes on: how long, how often it saves, logs and samples."""
+HARMLESS = (
+    *("train.", "sample."),  # how long, how often it saves, logs and samples
+    *("mesh.", "model.remat", "model.attention"),  # the same numbers to rounding
+    *("data.threads", "data.prefetch"),  # the same examples in the same order
+)
+"""What may change in the configuration of a run that goes on. Not `optim.accumulate`: each microbatch has draws of its
+own."""
 
 NAME = "config.json"
 
@@ -32,11 +38,11 @@ def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+def difference(old: dict[str, Any], new: dict[str, Any], harmless: tuple[str, ...] = HARMLESS) -> str | None:
     """The first configuration key that matters and differs, as "key is A there and B here"; None if there is none."""
     old, new = dict(flatten(old)), dict(flatten(new))
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "training", key)):
-        if key.startswith(HARMLESS):
+        if key.startswith(harmless):
             continue
         if key not in old:
             return f"{key} is {new[key]!r} here and unknown there"
@@ -45,6 +51,15 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         if old[key] != new[key]:
             return f"{key} is {old[key]!r} there and {new[key]!r} here"
     return None
+
+
+def require_same(config) -> None:
+    """UserError unless every process of the run has this configuration, to the last key."""
+    mine = as_json(config)
+    for index, text in enumerate(processes.gather(json.dumps(mine))):
+        changed = difference(json.loads(text), mine, harmless=())
+        if changed:
+            raise UserError(f"process {index} was started with another configuration: {changed}; start all alike")
 
 
 def claim(workdir: Path, config, ours: tuple[str, ...]) -> IO:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from crcm_jax.errors import blame_config
 from crcm_jax.models.base import Params
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import plan, rules
+from crcm_jax.parallel import plan, processes, rules
 from crcm_jax.train import identity, logging, state, storage
 from crcm_jax.train.checkpoint import Checkpoints
 from crcm_jax.train.optimizer import Optimizer
@@ -40,30 +39,6 @@ class Initial:
     others: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class StopSignal(contextlib.AbstractContextManager):
-    """`requested` turns true on SIGTERM or SIGINT; a second signal acts as if this were not here."""
-
-    def __init__(self):
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def _request(self, number, frame):
-        self.requested = True
-        print("\ncrcm: stopping: finishing the step and saving", file=sys.stderr, flush=True)
-        signal.signal(number, self._before[number])
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # Python delivers signals to the main thread alone; elsewhere the caller has to handle them.
-            with contextlib.suppress(ValueError):
-                self._before[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def run(
     config,
     workdir: str | Path,
@@ -75,12 +50,19 @@ def run(
 ) -> state.TrainState:
     """Trains until `config.train.steps` iterations or a signal, going on from the workdir's last whole checkpoint.
 
-    data: its iterator gives numpy batches of one shape and has `get_state` (bytes, or anything JSON can hold) and
-    `set_state`. Returns the last state, saved. UserError: the workdir holds another run or only damaged checkpoints, no
-    sample's loss was finite for three iterations, a checkpoint could not be written.
+    data: its iterator gives numpy batches of one shape (to each of several processes its `processes.rows`) and has
+    `get_state` (bytes, or anything JSON can hold) and `set_state`. Returns the last state, saved. UserError: the
+    workdir holds another run or only damaged checkpoints, no sample's loss was finite for three iterations, a
+    checkpoint could not be written, processes were started with different configurations.
     """
     workdir = Path(workdir)
-    with identity.claim(workdir, config, ours=(storage.FOLDER, logging.JSONL)):
+    identity.require_same(config)
+    with contextlib.ExitStack() as stack:
+
+        def claim():
+            stack.enter_context(identity.claim(workdir, config, ours=(storage.FOLDER, logging.JSONL)))
+
+        processes.decided_by_first(claim)
         return _run(config, workdir, algorithm, data, init, sampler)
 
 
@@ -117,10 +99,12 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
         iterator.set_state(data_state)
     init.student = init.critic = restored = None
     iteration = int(now.progress.iteration)
-    if iteration:
+    first = processes.is_first()
+    if iteration and first:
         print(f"crcm: {workdir} goes on from iteration {iteration}", file=sys.stderr)
 
-    log = logging.RunLog(workdir, iteration, settings.steps, settings.log_every, window)
+    log = logging.RunLog(workdir, iteration, settings.steps, settings.log_every, window, quiet=not first)
+    cut, size = meshes.samples(mesh), config.data.batch_size
     compiled = set()
 
     def save():
@@ -129,11 +113,11 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
             checkpoints.save(now, iterator.get_state(), log.state())
 
     # Closed in reverse: a save under way is finished, and its failure reported, whatever else happens.
-    with contextlib.closing(log), contextlib.closing(checkpoints), StopSignal() as stop:
-        while iteration < settings.steps and not stop.requested:
+    with contextlib.closing(log), contextlib.closing(checkpoints), processes.StopSignal() as stop:
+        while iteration < settings.steps and not stop.agreed():
             student = algorithm.is_student_phase(iteration)
             player, step = ("student", student_step) if student else ("critic", critic_step)
-            batch = jax.device_put(next(iterator), meshes.samples(mesh))
+            batch = processes.place(next(iterator), cut, size)
             # Tracing moves constants to the device; once compiled, a step that moves anything by accident is a mistake.
             with jax.transfer_guard("disallow" if player in compiled else "allow"):
                 now, metrics = step(now, others, batch)
@@ -146,7 +130,9 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
             if settings.save_every and iteration % settings.save_every == 0:
                 save()
             if sampler and settings.sample_every and iteration % settings.sample_every == 0:
-                (workdir / SAMPLES).mkdir(exist_ok=True)
-                sampler(now.ema, iteration, workdir / SAMPLES)
+                weights = processes.whole(now.ema)
+                if first:
+                    (workdir / SAMPLES).mkdir(exist_ok=True)
+                    sampler(weights, iteration, workdir / SAMPLES)
         save()
     return now

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Params
+from crcm_jax.parallel import processes
 from crcm_jax.train import manifest, storage
 
 
@@ -51,7 +51,10 @@ def find(path: str | Path) -> Path:
 def load_meta(path: str | Path) -> dict[str, Any]:
     """What is known of the run behind `path`: `training`, `model`, `config`, `iteration` …; of a foreign `.safetensors`
     file, nothing."""
-    found = find(path)
+    return _meta(find(path))
+
+
+def _meta(found: Path) -> dict[str, Any]:
     if found.is_dir():
         return storage.read_meta(found)
     with _opened(found) as file:
@@ -75,8 +78,8 @@ def load_params(
     UserError, one sentence, if the checkpoint is missing, half-written, damaged, of another architecture (naming the
     first leaf that differs, with shapes) or of another stage.
     """
-    found = find(path)
-    meta = load_meta(found)
+    found = Path(processes.decided_by_first(lambda: str(find(path))))
+    meta = _meta(found)
     if training and meta.get("training") and meta["training"] not in training:
         raise UserError(
             f"{found} is of another stage: it was trained as {meta['training']!r}, "
@@ -140,7 +143,12 @@ def _load_safetensors(found: Path, expect: Params | None, dtype: Any) -> Params:
             node = node.setdefault(parent, {})
         node[last] = value
     targets = _targets(found, stored, expect, dtype)
-    return jax.tree.map(lambda value, to: jax.device_put(jnp.asarray(value, to.dtype), to.sharding), stored, targets)
+
+    def place(value, to):
+        # By pieces, so that each process takes only its own.
+        return jax.make_array_from_callback(value.shape, to.sharding, lambda piece: value[piece].astype(to.dtype))
+
+    return jax.tree.map(place, stored, targets)
 
 
 def save_params(path: str | Path, params: Params, meta: dict[str, Any], dtype: Any = None) -> None:

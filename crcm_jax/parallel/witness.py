@@ -1,0 +1,112 @@
+"""Says in one sentence why one process of several has ended, where it cannot say so itself.
+
+Where a coordinator or a peer is gone, JAX ends a process from within its runtime: no exception, but a log line and a
+stack trace; a killed process says nothing. So each has a witness, a small program that outlives it: the process's
+standard error passes through it, and what it says last is put into words.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import subprocess
+import sys
+
+_GO_ON = "; the same command on every process goes on from the last checkpoint"
+
+LOST = "another process has ended or cannot be reached" + _GO_ON
+
+_RUNTIME = re.compile(rb"^[EF]\d{4} .*(coordination_service\w*\.cc|/?client\.h):\d+\]")
+"""The runtime's last words: a process that has begun them does not go on."""
+
+_MEANINGS = (
+    (
+        r"DEADLINE_EXCEEDED",
+        "not all processes met at the coordinator in time: check --coordinator, that its host and port can be reached, "
+        "and that every --process from 0 to --processes − 1 was started",
+    ),
+    (r"ALREADY_EXISTS|newer incarnation", "another process has the same number: give each its own --process"),
+    (
+        r"Unexpected task registered",
+        "the coordinator was told of fewer processes: give the same --processes everywhere",
+    ),
+    (
+        r"(?s)stopped sending heartbeats\)?:\s*(?P<who>\d+(?:\s+\d+)*)\s",
+        "process {who} has ended or cannot be reached" + _GO_ON,
+    ),
+    (
+        r"Failed to send RPC to coordination service",
+        "process 0, the coordinator, has ended or cannot be reached" + _GO_ON,
+    ),
+    (r"", LOST),
+)
+
+
+def meaning(words: str) -> str:
+    """One sentence for what the runtime said last; for silence, that the process was killed."""
+    if not words:
+        return "this process was killed or crashed" + _GO_ON
+    for pattern, sentence in _MEANINGS:
+        if found := re.search(pattern, words):
+            return sentence.format(**{name: ", ".join(who.split()) for name, who in found.groupdict().items()})
+    raise AssertionError("the last pattern matches everything")
+
+
+class Witness:
+    """The witness of this process, from now until `dismiss`."""
+
+    def __init__(self, process: str):
+        """process: what the sentence calls it."""
+        listening, speaking = os.pipe()
+        command = [sys.executable, "-m", "crcm_jax.parallel.witness", process, str(listening)]
+        # A session of its own: what a terminal or a scheduler sends to the process is not meant for it.
+        self._program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listening], start_new_session=True
+        )
+        os.close(listening)
+        sys.stderr.flush()
+        self._real = os.dup(2)
+        os.dup2(speaking, 2)
+        os.close(speaking)
+
+    def dismiss(self) -> None:
+        """The process ends in peace, or has said itself why it ends."""
+        sys.stderr.flush()
+        os.dup2(self._real, 2)
+        self._program.communicate(b"peace")
+
+
+def main(process: str, listening: int) -> None:
+    """Passes on what comes from `listening` until standard input is closed; speaks unless there was peace."""
+    life, rest, last, ending = sys.stdin.fileno(), b"", b"", None
+    while True:
+        # After the end, what is still in the pipe, without waiting for children of the process that hold it open.
+        ready = select.select([listening] if ending is not None else [listening, life], [], [], ending and 0)[0]
+        if ending is not None and not ready:
+            break
+        if life in ready:
+            ending = os.read(life, 16) or b"none"
+        if listening in ready:
+            chunk = os.read(listening, 1 << 16)
+            if not chunk:
+                ending = ending or os.read(life, 16) or b"none"
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if last or _RUNTIME.match(line):
+                    last += line + b"\n"
+                else:
+                    os.write(2, line + b"\n")
+            # A progress bar ends no line; the runtime ends each of its own.
+            if not last and not re.match(rb"[EF]\d", rest):
+                os.write(2, rest)
+                rest = b""
+    if ending == b"peace":
+        os.write(2, last + rest)
+    else:
+        os.write(2, f"\ncrcm [process {process}]: {meaning((last + rest).decode(errors='replace'))}\n".encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
