@@ -129,6 +129,11 @@ class Placement:
 
     # Weights.
 
+    @property
+    def gathers(self) -> bool:
+        """Whether weights lie cut and are gathered where they are used."""
+        return self.mesh is not None and self.mesh.shape["fsdp"] > 1
+
     def gather(self, params: Any, name: str, dtype=None):
         """The weights of one layer, or of what is outside the layers, whole but for tensor.
 

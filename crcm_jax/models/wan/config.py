@@ -6,9 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from crcm_jax.models.wan.remat import REMAT
 from pallas_kernels.attention import IMPLEMENTATIONS
-
-REMAT = ("none", "block", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +18,7 @@ class WanConfig:
     dtype: compute dtype; norms, modulation, time and head run in at least float32.
     round_time: round 1000·t to bfloat16, as published Causal-rCM checkpoints were trained (spec causal_rcm 1.3).
     remat: what the backward pass recomputes: "none"; "block", everything inside a block; "attention", everything
-        but attention outputs.
+        but attention; "offload", the same with attention's outputs kept in the host's memory (`remat`).
     attention: an implementation of `pallas_kernels.attention`, or None for the best that applies.
     """
 

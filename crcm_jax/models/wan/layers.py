@@ -13,7 +13,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from crcm_jax.models.wan.split_attention import attend_cached
 from crcm_jax.parallel.placement import Placement
@@ -140,7 +139,7 @@ class Attention(nnx.Module):
         call = attend_cached if isinstance(mask, Cached) else attention
         call = functools.partial(call, implementation=self.implementation)
         out = self.placement.to_tokens(self.placement.attend(call, q, k, v, context=context, mask=mask), x.shape[1])
-        return self.o(checkpoint_name(out.reshape(x.shape), "attention"))
+        return self.o(out.reshape(x.shape))
 
     def text_keys(self, text):
         """Keys and values of the text tokens, the same for every stream of a layer."""

@@ -22,6 +22,7 @@ from crcm_jax.models.base import Cache, Condition, Params
 from crcm_jax.models.wan import layers as wan
 from crcm_jax.models.wan import rope
 from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.models.wan.remat import remat
 from crcm_jax.parallel.placement import ONE_DEVICE, Placement
 from pallas_kernels.attention import BlockCausal, Cached, Full, TeacherForcing
 
@@ -376,10 +377,7 @@ class WanTransformer:
             carry, out = body(lie(carry), xs)
             return lie(carry), out
 
-        if self.config.remat != "none":
-            names = ("attention",) if self.config.remat == "attention" else ()
-            policy = jax.checkpoint_policies.save_only_these_names(*names)
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        layer = remat(layer, self.config.remat, gathers=self.placement.gathers)
         if not self.apart:
             return jax.lax.scan(layer, carry, xs)
         ys = []
@@ -394,7 +392,7 @@ class WanTransformer:
         _, ph, pw = self.config.patch
         high = wan.wide(jnp.dtype(self.config.dtype))
         turn = rope.table(start, frames, total or frames, height // ph, width // pw, self.config.head_dim, high)
-        return _Stream(outside.tokens(x, cond), *outside.time(t), turn)
+        return _Stream(outside.tokens(self.placement.samples(x), cond), *outside.time(t), turn)
 
     def _tokens_per_frame(self, x) -> int:
         _, ph, pw = self.config.patch
