@@ -6,6 +6,7 @@ An example is three members of one key: `KEY.latent.pt`, a torch-saved tensor `[
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tarfile
 from pathlib import Path
@@ -111,21 +112,23 @@ class TarWriter:
     """A tar that grows by whole examples. What an interrupted writer left is gone on with: `keys` are in it already."""
 
     def __init__(self, path: Path):
+        """UserError if another process is writing it."""
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {path}: give each a part of its own") from None
         self.keys: set[str] = set()
-        end = 0
-        if path.exists():
-            table = scan(path)
-            shard = TarShard(path, table)
-            for index, key in enumerate(shard.keys):
-                try:
-                    shard.read(index)
-                except DamagedExample:
-                    break
-                self.keys.add(key)
-                end = max(offset + -(-length // _BLOCK) * _BLOCK for offset, length in table["spans"][index])
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by `close`)
+        end, table = 0, scan(path)
+        shard = TarShard(path, table)
+        for index, key in enumerate(shard.keys):
+            try:
+                shard.read(index)
+            except DamagedExample:
+                break
+            self.keys.add(key)
+            end = max(offset + -(-length // _BLOCK) * _BLOCK for offset, length in table["spans"][index])
         self._file.truncate(end)
-        self._file.seek(end)
 
     def write(self, example: Example) -> None:
         """Appends an example; it is on the disk when `sync` returns."""
@@ -135,7 +138,7 @@ class TarWriter:
         for part, content in reversed(list(zip(_PARTS, contents))):
             member = tarfile.TarInfo(f"{example.key}.{part}")
             member.size = len(content)
-            self._file.write(member.tobuf(tarfile.USTAR_FORMAT))
+            self._file.write(member.tobuf(tarfile.GNU_FORMAT))
             self._file.write(content)
             self._file.write(bytes(-len(content) % _BLOCK))
         self.keys.add(example.key)

@@ -1,0 +1,135 @@
+"""What `crcm data build` makes examples with: a model's autoencoder on videos, or its transformer's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from crcm_jax.data import video_files
+from crcm_jax.data.build import Job, Made
+from crcm_jax.data.example import Example
+from crcm_jax.errors import UserError
+from crcm_jax.models.base import Condition
+from crcm_jax.models.wan import library
+from crcm_jax.models.wan.transformer import WanTransformer
+from crcm_jax.models.wan.vae import WanVAE
+from crcm_jax.parallel import mesh as meshes
+from crcm_jax.parallel.placement import Placement
+from crcm_jax.sampling import denoise_whole, teacher_times
+
+STORED = ml_dtypes.bfloat16
+"""The type of what is written (spec: Causal-rCM section 7.4)."""
+
+
+def latent_shape(model: str, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Of a clip; UserError where it does not divide."""
+    found = library.release(model)
+    try:
+        shape = WanVAE(found.vae).latent_shape(frames, height, width)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    _, ph, pw = found.transformer.patch
+    if shape[1] % ph or shape[2] % pw:
+        side = found.vae.stride[1]
+        raise UserError(f"--size={width}x{height} does not divide into patches of {side * pw}x{side * ph} pixels")
+    return shape
+
+
+def check(weights: Path, parts: Sequence[str]) -> None:
+    """UserError where one of the files is missing, before minutes are spent on reading another."""
+    for part in parts:
+        path = weights / f"{part}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{weights} holds no {path.name}: write it with crcm convert --to={path} --layout=ours")
+
+
+class _Maker:
+    """What both share: the text encoder, and a batch cut over this process's devices, weights on each."""
+
+    parts: tuple[str, ...]
+
+    def __init__(self, model: str, weights: Path, *, frames: int, height: int, width: int, per_device: int = 1):
+        check(weights, self.parts)
+        devices = np.array(jax.local_devices())
+        self.mesh = Mesh(devices.reshape(-1, 1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 4)
+        self.batch = per_device * devices.size
+        self.frames, self.height, self.width = frames, height, width
+        self.release = library.release(model)
+        self.encoder = library.load_text_encoder(self.release, weights)
+
+    def _everywhere(self, tree):
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _cut(self, rows: np.ndarray):
+        """Rows on the devices; those that a full batch lacks repeat the last, so that one program serves all."""
+        rows = np.concatenate([rows, np.repeat(rows[-1:], self.batch - len(rows), 0)])
+        return jax.device_put(rows, meshes.samples(self.mesh))
+
+    def _examples(self, jobs: Sequence[Job], latents: jax.Array, text: np.ndarray) -> list[Made]:
+        arrays = np.asarray(latents[: len(jobs)]).astype(STORED), text.astype(STORED)
+        examples = [Example(job.key, z, e, job.prompt) for job, z, e in zip(jobs, *arrays)]
+        return [example if example.flaw() is None else f"it {example.flaw()}" for example in examples]
+
+
+class FromVideos(_Maker):
+    """Videos → latents (the posterior's mean)."""
+
+    parts = ("vae", "text_encoder")
+
+    def __init__(self, model: str, weights: Path, *, fps: float, **shape):
+        super().__init__(model, weights, **shape)
+        self.fps = fps
+        vae, params = library.load_vae(self.release, weights)
+        self.vae, self.params = vae, self._everywhere(params)
+
+    def prepare(self, jobs: Sequence[Job]) -> list[np.ndarray | str]:
+        shape = {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
+        return [video_files.read_clip(job.video, clip=job.clip, **shape) for job in jobs]
+
+    def make(self, jobs: Sequence[Job], prepared: list[np.ndarray | str]) -> list[Made]:
+        good = [i for i, clip in enumerate(prepared) if not isinstance(clip, str)]
+        made: list[Made] = list(prepared)
+        if good:
+            video = self._cut(np.stack([prepared[i] for i in good])).astype(jnp.float32) / 127.5 - 1
+            kept = [jobs[i] for i in good]
+            text = self.encoder([job.prompt for job in kept])
+            for i, example in zip(good, self._examples(kept, self.vae.encode(self.params, video), text)):
+                made[i] = example
+        return made
+
+
+class FromTeacher(_Maker):
+    """Prompts → a bidirectional model's samples, each from its own seed: `seed` plus its place in the list."""
+
+    parts = ("transformer", "text_encoder")
+
+    def __init__(
+        self, model: str, weights: Path, *, steps: int, shift: float, sigma_max: float, guidance: float, solver: str,
+        seed: int, negative: str, **shape,
+    ):  # fmt: skip
+        super().__init__(model, weights, **shape)
+        self.shape = latent_shape(model, self.frames, self.height, self.width)
+        self.times, self.seed = teacher_times(steps, shift, sigma_max), seed
+        self.options = {"times": self.times, "guidance": guidance, "solver": solver}
+        self.uncond = Condition(text=self._everywhere(self.encoder([negative])))
+        self.network = WanTransformer(self.release.transformer, None, Placement(self.mesh))
+        self.params = self._everywhere(library.load_transformer(self.network, weights))
+
+    def prepare(self, jobs: Sequence[Job]) -> np.ndarray:
+        return np.stack(
+            [np.random.default_rng(self.seed + job.index).standard_normal(self.shape, np.float32) for job in jobs]
+        )
+
+    def make(self, jobs: Sequence[Job], prepared: np.ndarray) -> list[Made]:
+        text = self.encoder([job.prompt for job in jobs])
+        cond, noise = Condition(text=self._cut(text)), self._cut(prepared)
+        for latents in denoise_whole(self.network, self.params, cond, noise, uncond=self.uncond, **self.options):
+            # Waits for each step, so that it can be stopped between two.
+            latents.block_until_ready()
+        return self._examples(jobs, latents, text)

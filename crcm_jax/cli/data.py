@@ -1,0 +1,230 @@
+"""`crcm data`: builds, checks and converts sets of latents, and embeds the negative prompt."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crcm_jax.cli._parser import Parser
+from crcm_jax.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from crcm_jax.data.build import Job
+
+HELP = "make latents to train on from videos or prompts; check and convert sets of them"
+EXAMPLE = "crcm data build --videos=clips --weights=weights/wan2.1-t2v-1.3b --out=latents"
+
+_EXAMPLES = {
+    "build": (
+        EXAMPLE,
+        "crcm data build --prompts=prompts.txt --model=wan2.1-t2v-14b --weights=weights/wan2.1-t2v-14b \\\n"
+        "      --negative-file=negative.txt --out=latents --part=0/8",
+    ),
+    "check": ("crcm data check latents",),
+    "convert": ("crcm data convert --from=latents --to=records --format=array_record",),
+    "embed": ("crcm data embed --weights=weights/wan2.1-t2v-1.3b --prompt-file=negative.txt --out=negative.pt",),
+}
+_ABOUT = {
+    "build": "Encode videos with a model's autoencoder, or sample a teacher from prompts, into shards of latents.",
+    "check": "Read every byte of a set of latents and name what is damaged (exit code 1).",
+    "convert": "Tars to ArrayRecord files or back, every value as it was.",
+    "embed": "Write a prompt's embedding as a .pt file, for --config.init.uncond.",
+}
+_BUILD = """\
+A folder of videos holds each video's prompt beside it (clip.txt of clip.mp4); a .jsonl or .csv list has the fields
+video and prompt. Prompts come from a text file, one a line. Stopped at any moment, the same command goes on; several
+processes, on one host or many, build one set when each is given its own --part."""
+
+
+def _size(value: str) -> tuple[int, int]:
+    width, _, height = value.partition("x")
+    return int(width), int(height)
+
+
+def _part(value: str) -> tuple[int, int]:
+    index, _, count = value.partition("/")
+    if not 0 <= int(index) < int(count):
+        raise ValueError(value)
+    return int(index), int(count)
+
+
+_size.__name__, _part.__name__ = "width x height", "part i/n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `crcm data`."""
+    top = Parser(
+        "crcm data", description=f"{HELP[0].upper()}{HELP[1:]}.", allow_abbrev=False,
+        epilog="for example:\n  " + "\n  ".join(examples[0] for examples in _EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str) -> argparse.ArgumentParser:
+        about = _ABOUT[name] + (f"\n\n{_BUILD}" if name == "build" else "")
+        return commands.add_parser(
+            name, help=_ABOUT[name], description=about, epilog="for example:\n  " + "\n  ".join(_EXAMPLES[name]),
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    p = command("build")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--videos", metavar="PATH", help="a folder of videos, or a .jsonl or .csv list of them")
+    source.add_argument("--prompts", metavar="FILE", help="prompts to sample a bidirectional teacher from")
+    add = p.add_argument
+    add("--model", help="a published model [wan2.1-t2v-1.3b for videos, wan2.1-t2v-14b for prompts]")
+    add("--weights", metavar="DIR", required=True, help="a folder that crcm convert has written, with its tokenizer")
+    add("--out", metavar="DIR", required=True, help="folder of the set")
+    add("--format", choices=("tar", "array_record"), default="tar", help="of the shards [%(default)s]")
+    add("--shard-size", type=int, default=256, help="examples in a shard [%(default)s]")
+    add("--frames", type=int, default=81, help="of a clip [%(default)s]")
+    add("--size", type=_size, default=(832, 480), metavar="WxH", help="pixels [832x480]")
+    add("--batch", type=int, default=1, help="clips at a time on each device [%(default)s]")
+    add("--part", type=_part, default=(0, 1), metavar="I/N", help="make every N-th shard, from the I-th on [0/1]")
+    videos = p.add_argument_group("from videos")
+    videos.add_argument("--fps", type=float, default=16.0, help="frames a second of the clips [%(default)s]")
+    videos.add_argument("--clips", type=int, default=1, help="at most so many consecutive clips a video [%(default)s]")
+    teacher = p.add_argument_group("from prompts")
+    teacher.add_argument("--steps", type=int, default=100, help="of the sampler [%(default)s]")
+    teacher.add_argument("--solver", choices=("euler", "unipc"), default="euler", help="[%(default)s]")
+    teacher.add_argument("--shift", type=float, default=3.0, help="of the times [%(default)s]")
+    teacher.add_argument("--sigma-max", type=float, default=5000.0, help="noise over signal at the start [%(default)s]")
+    teacher.add_argument("--guidance", type=float, default=5.0, help="[%(default)s]")
+    teacher.add_argument("--negative-file", metavar="FILE", help="text that guidance leads away from [nothing]")
+    teacher.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt i has seed + i [%(default)s]")
+
+    p = command("check")
+    p.add_argument("path", metavar="PATH", help="a folder of shards, or one shard")
+    p.add_argument("--threads", type=int, default=4, help="that read at once [%(default)s]")
+
+    p = command("convert")
+    p.add_argument("--from", dest="source", required=True, metavar="PATH", help="a folder of shards, or one shard")
+    p.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    p.add_argument("--format", required=True, choices=("tar", "array_record"), help="what to write")
+    p.add_argument("--skip-damaged", action="store_true", help="leave damaged examples out [stop at the first]")
+
+    p = command("embed")
+    p.add_argument("--model", default="wan2.1-t2v-1.3b", help="whose text encoder [%(default)s]")
+    p.add_argument("--weights", metavar="DIR", required=True, help="a folder that crcm convert has written")
+    text = p.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text")
+    text.add_argument("--prompt-file", metavar="FILE", help="a file with it")
+    p.add_argument("--out", metavar="FILE", required=True, help="a .pt file")
+    return top
+
+
+def main(argv: list[str]) -> int:
+    """Runs one of the commands; 0, or 1 where check finds damage. UserError, one sentence, for what is wrong."""
+    options = parser().parse_args(argv)
+    run = {"build": _build, "check": _check, "convert": _convert, "embed": _embed}[options.command]
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        raise UserError("stopped: the same command goes on from here") from None
+
+
+def _read(name: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    return path.read_text(encoding="utf-8")
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    from crcm_jax.data import video_files
+    from crcm_jax.data.build import Job
+
+    if options.prompts:
+        prompts = [line.strip() for line in _read(options.prompts).splitlines() if line.strip()]
+        if not prompts:
+            raise UsageError(f"{options.prompts} holds no prompts")
+        return [Job(i, prompt) for i, prompt in enumerate(prompts)]
+    listed = video_files.listing(options.videos)
+    clips = [(video, prompt, clip) for video, prompt in listed for clip in range(options.clips)]
+    return [Job(i, prompt, video, clip) for i, (video, prompt, clip) in enumerate(clips)]
+
+
+def _settings(options: argparse.Namespace, jobs: list[Job], shape: tuple[int, ...]) -> dict[str, Any]:
+    """What makes the set what it is: a folder begun with other settings is not gone on with."""
+    names = [[job.prompt, str(job.video.name) if job.video else None, job.clip] for job in jobs]
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+    common = {"model": options.model, "frames": options.frames, "size": list(options.size), "latents": list(shape)}
+    if options.prompts:
+        names = ("steps", "solver", "shift", "sigma_max", "guidance", "seed")
+        negative = _read(options.negative_file).strip() if options.negative_file else ""
+        own = {name: getattr(options, name) for name in names} | {"negative": negative}
+    else:
+        own = {"fps": options.fps, "clips": options.clips}
+    return {"source": "prompts" if options.prompts else "videos", "list": digest} | common | own
+
+
+def _build(options: argparse.Namespace) -> int:
+    for name in ("shard_size", "frames", "batch", "clips", "steps", "fps"):
+        if getattr(options, name) <= 0:
+            raise UsageError(f"--{name.replace('_', '-')}={getattr(options, name)}: use a positive number")
+    options.model = options.model or ("wan2.1-t2v-14b" if options.prompts else "wan2.1-t2v-1.3b")
+
+    jobs, (width, height) = _jobs(options), options.size
+
+    # Only now: a wrong command line is answered at once, without waiting for JAX to load.
+    from crcm_jax.cli import _data_makers as makers
+    from crcm_jax.data.build import build
+
+    settings = _settings(options, jobs, makers.latent_shape(options.model, options.frames, height, width))
+    shape = {"frames": options.frames, "height": height, "width": width, "per_device": options.batch}
+
+    def maker() -> makers.FromVideos | makers.FromTeacher:
+        print("crcm: reading the weights", file=sys.stderr)
+        if options.videos:
+            return makers.FromVideos(options.model, Path(options.weights), fps=options.fps, **shape)
+        names = ("steps", "solver", "shift", "sigma_max", "guidance", "seed", "negative")
+        chosen = {name: settings[name] for name in names}
+        return makers.FromTeacher(options.model, Path(options.weights), **chosen, **shape)
+
+    made, left_out = build(
+        Path(options.out), jobs, maker, settings=settings, kind=options.format, shard_size=options.shard_size,
+        part=options.part,
+    )  # fmt: skip
+    print(f"{options.out}: {made} of {len(jobs)} examples" + (f", {left_out} left out" if left_out else ""))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from crcm_jax.data.check import check
+
+    report = check(options.path, threads=max(1, options.threads))
+    print("\n".join(report.lines()))
+    return 1 if report.damage else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from crcm_jax.data.convert import convert
+
+    examples, left_out = convert(options.source, Path(options.to), options.format, skip_damaged=options.skip_damaged)
+    print(f"{options.to}: {examples} examples" + (f", {left_out} damaged ones left out" if left_out else ""))
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    if out.suffix != ".pt":
+        raise UsageError(f"--out={out}: the file must end in .pt")
+    prompt = options.prompt if options.prompt_file is None else _read(options.prompt_file).strip()
+
+    from crcm_jax.cli._data_makers import STORED, check
+    from crcm_jax.data import tensor_file
+    from crcm_jax.models.wan import library
+
+    found, weights = library.release(options.model), Path(options.weights)
+    check(weights, ("text_encoder",))
+    embedding = library.load_text_encoder(found, weights)([prompt])[0]
+    draft = out.with_name(f".{out.name}.tmp")
+    draft.write_bytes(tensor_file.dumps(embedding.astype(STORED)))
+    os.replace(draft, out)
+    print(f"{out}: {'×'.join(map(str, embedding.shape))} of {prompt[:40]!r}")
+    return 0
