@@ -11,7 +11,7 @@ from crcm_jax.errors import UserError
 from crcm_jax.models import toy
 from crcm_jax.models.base import Codec, Network, TextEncoder
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.text import WanTextEncoder, load_tokenizer
+from crcm_jax.models.wan.text import WanTextEncoder, open_tokenizer
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
 from crcm_jax.models.wan.vae import WanVAE
@@ -68,10 +68,10 @@ def _umt5(weights: str, tokenizer: str, **options) -> TextEncoder:
     for key, path in (("weights", weights), ("tokenizer", tokenizer)):
         if not path:
             raise UserError(f"--config.text.{key} is missing: see docs/weights.md for how to bring UMT5 in")
-    encoder = UMT5Encoder(UMT5Config.xxl())
+    encoder, reader = UMT5Encoder(UMT5Config.xxl()), open_tokenizer(tokenizer)
     expect = jax.eval_shape(encoder.init, jax.random.key(0))
     params = load_params(weights, expect=expect, dtype=encoder.config.dtype)
-    return WanTextEncoder(encoder, params, load_tokenizer(tokenizer), **options)
+    return WanTextEncoder(encoder, params, reader, **options)
 
 
 def rollout_plan(config) -> StepPlan:

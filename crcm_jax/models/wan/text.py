@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crcm_jax.errors import UserError
 from crcm_jax.models.base import Params
 from crcm_jax.models.wan.umt5 import UMT5Encoder
 
@@ -52,6 +53,15 @@ class Tokenizer:
             tokens = [*self._encode(prompt)[: length - 1], self.end]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
         return ids, mask
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """`load_tokenizer`, to be called before gigabytes of weights are read: UserError for all that encoding will lack."""
+    try:
+        clean_prompt("")
+        return load_tokenizer(path)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

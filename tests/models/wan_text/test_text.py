@@ -1,12 +1,14 @@
 """Prompt cleaning, tokenizers from local files, and the text encoder as a whole."""
 
 import builtins
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from crcm_jax.models.wan.text import Tokenizer, WanTextEncoder, clean_prompt, load_tokenizer
+from crcm_jax.errors import UserError
+from crcm_jax.models.wan.text import Tokenizer, WanTextEncoder, clean_prompt, load_tokenizer, open_tokenizer
 from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
 
 CORPUS = ["a cat walks over the wet street", "the dog sees a red ball", "waves roll on to the beach at dusk"] * 20
@@ -116,3 +118,10 @@ def test_text_encoder():
     np.testing.assert_allclose(encode(prompts[:1])[0], out[0], atol=1e-5)
     assert np.abs(out[0, :6]).min(-1).all() and not out[0, 6:].any() and np.abs(out[2]).max(-1).all()
     assert encode([]).shape == (0, 12, 16)
+
+
+def test_a_missing_library_is_said_before_weights_are_read(monkeypatch, json_folder):
+    """ftfy is needed by the first prompt only, which comes after gigabytes."""
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(UserError, match="reading prompts needs ftfy: pip install"):
+        open_tokenizer(json_folder)
