@@ -1,4 +1,4 @@
-"""What `crcm sample` can stream: a run's checkpoint, or a published model from a folder of weights.
+"""What `crcm sample` can sample: a run's checkpoint, or a published model from a folder of weights.
 
 Both become a `Source`, which is all that sampling itself looks at.
 """
@@ -7,33 +7,43 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from crcm_jax import build
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.cli import _sample_mesh as meshes
+from crcm_jax.cli import _sample_solver as solvers
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.evaluate import clips, producer
+from crcm_jax.evaluate import producer
 from crcm_jax.models.base import Codec, Condition, Network, Params
-from crcm_jax.models.wan import library
+from crcm_jax.models.wan import clip, library
+from crcm_jax.models.wan.image import condition_latents, size_of
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.sampling import Few, Ode
-from crcm_jax.schedule import MID_TIMES, StepPlan
+from crcm_jax.parallel import rules
+from crcm_jax.parallel.placement import Placement
+from crcm_jax.sampling import Few, Ode, Whole
+
+SIZE = (832, 480)
+"""Width and height of a published model's clip; with an image, its proportions at this area."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Everything a stream needs but its noise.
+    """Everything that makes clips but their noise.
 
-    cond: one row a prompt; uncond: one row. height, width: pixels; channels: 1 for grey.
-    batch: prompts that are streamed at once, one above the other in one file.
-    seconds: what reading and text took, by part.
+    cond: one row a prompt; uncond: one row. image: latents of a given first frame `[1, 1, …]`, or None.
+    frames, height, width: of a clip, in pixels. batch: prompts that are sampled at once; together: whether all prompts
+    go to one file, one above the other. mesh: what the parameters lie on. seconds: what reading took, by part.
     """
 
     network: Network
@@ -41,16 +51,18 @@ class Source:
     codec: Codec
     codec_params: Params
     cond: Condition
-    uncond: Condition | None
-    chunks: ChunkPattern
-    solver: Few | Ode
+    uncond: Condition
+    image: jax.Array | None
+    chunks: ChunkPattern | None
+    solver: Few | Ode | Whole
     guidance: float
     frames: int
     height: int
     width: int
-    channels: int
     fps: float
     batch: int
+    together: bool
+    mesh: Mesh | None
     seconds: dict[str, float]
 
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -60,47 +72,49 @@ class Source:
 
 def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     """A run's own model. UserError for a bad checkpoint or schedule."""
-    config, params, _ = producer.load(options.checkpoint, options.which)
-    rollout = config.rollout
-    rollout.noisy_context |= options.noisy_context
-    if options.context_start is not None:
-        rollout.context_start = options.context_start
-    solver, guidance = clips.own_solver(config)
-    if options.steps:
-        mid = options.mid or rollout.times
-        solver, guidance = Few(step_plan(options.steps, mid, rollout.noisy_context, rollout.context_start)), 1.0
-    elif options.ode:
-        solver = ode(options)
+    config, params, meta = producer.load(options.checkpoint, options.which, causal=False)
+    solver, guidance = solvers.choose(options, {**meta, "training": config.training, "config": config})
+    chunks = None if isinstance(solver, Whole) else build.chunk_pattern(config)
+    picture = _picture(options.image, chunks)
+    codec, data = build.codec(config), config.data
+    plain = build.network(config)
+    tokens, leaves = _tokens(plain, codec.latent_shape(data.frames, data.height, data.width)), jax.tree.leaves(params)
+    mesh = meshes.choose(options.mesh, len(prompts), plain.config.heads, tokens, sum(leaf.nbytes for leaf in leaves))
+    if mesh is not None:
+        params = jax.device_put(params, rules.shardings(params, mesh))
+    image = None
+    if picture is not None:
+        image = codec.encode(None, _pixels(picture, data.width, data.height, config.codec.get("channels", 1)))
     text = build.text_encoder(config)
+    parts = meshes.batch(mesh)
     return Source(
-        build.network(config), params, build.codec(config), None, Condition(text=jnp.asarray(text(prompts))),
-        Condition(text=jnp.asarray(text([options.negative or ""]))), build.chunk_pattern(config), solver,
-        guidance if options.guidance is None else options.guidance, config.data.frames, config.data.height,
-        config.data.width, config.codec.get("channels", 1), options.fps or 8.0, len(prompts), {},
+        build.network(config, mesh=mesh), params, codec, None, Condition(text=jnp.asarray(text(prompts))),
+        Condition(text=jnp.asarray(text([options.negative or ""]))), image, chunks, solver, guidance, data.frames,
+        data.height, data.width, options.fps or 8.0, -(-len(prompts) // parts) * parts, True, mesh, {},
     )  # fmt: skip
 
 
 def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
-    """A published model. The text encoder is read, used and freed before anything else is read."""
+    """A published model. Text and image encoder are read, used and freed before anything else is read."""
     found, folder = library.release(options.model), Path(options.weights)
-    if found.transformer.image_dim is not None:
+    meta = library.recorded(folder)
+    solver, guidance = solvers.choose(options, meta, whole=found.image is not None)
+    chunks = None if isinstance(solver, Whole) else _chunks(options, meta)
+    if found.image is not None and not options.image:
+        raise UsageError(f"--model={options.model} needs --image=FILE, the clip's first frame")
+    if found.image is None and options.image and chunks is None:
         raise UsageError(
-            f"--model={options.model} looks at its image through CLIP, which is not part of this program: "
-            "use --image with a causal text-to-video model"
+            "--image is for causal models and image-to-video ones: a bidirectional text-to-video one has none"
         )
-    width, height = options.size or (832, 480)
-    frames, chunks = options.frames or 81, ChunkPattern(*(options.chunks or (1, 1)))
-    _check_shape(found, frames, height, width, chunks)
-    start = 1 if options.context_start is None else options.context_start
-    if options.ode:
-        solver, guidance = ode(options), 3.0 if options.guidance is None else options.guidance
-    else:
-        steps = options.steps or (4,)
-        mid = options.mid or usual_times(steps, options.noisy_context)
-        solver, guidance = Few(step_plan(steps, mid, options.noisy_context, start)), 1.0
-        if options.guidance not in (None, 1.0):
-            raise UsageError("--guidance belongs to --ode: a few-step student carries its guidance within")
-    library.check(folder)
+    picture = _picture(options.image, chunks)
+    frames, (width, height) = options.frames or 81, options.size or _size(found, picture)
+    plain = WanTransformer(found.transformer, chunks)
+    tokens = _tokens(plain, _latent_shape(found, frames, height, width, chunks))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(library.transformer_shapes(plain)))
+    mesh = meshes.choose(options.mesh, len(prompts), found.transformer.heads, tokens, weights)
+    network = WanTransformer(found.transformer, chunks, Placement(mesh))
+    library.check(folder, found.files)
+    print(f"crcm: {options.model}, {solvers.describe(solver, guidance, meta)}", file=sys.stderr)
     seconds: dict[str, float] = {}
 
     def timed(part: str, function, *args):
@@ -112,59 +126,87 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     encoder = timed("reading the text encoder", library.load_text_encoder, found, folder)
     texts = timed("text", encoder, [*prompts, options.negative or ""])
     del encoder
+    seen = timed("reading and using the image encoder", _seen, found, folder, picture) if found.image else None
     vae, vae_params = timed("reading the VAE", library.load_vae, found, folder)
-    params = timed("reading the transformer", library.load_transformer, found, folder)
-    cond, uncond = (Condition(text=jnp.asarray(rows)) for rows in (texts[:-1], texts[-1:]))
+    image = latents = None
+    if picture is not None:
+        pixels = _pixels(picture, width, height)
+        if found.image is None:
+            image = timed("first frame", vae.encode, vae_params, pixels)
+        else:
+            latents = timed("first frame", condition_latents, vae, vae_params, pixels, frames)
+    params = timed("reading the transformer", library.load_transformer, network, folder)
+
+    def condition(rows: np.ndarray) -> Condition:
+        spread = lambda leaf: None if leaf is None else jnp.broadcast_to(leaf, (len(rows), *leaf.shape[1:]))  # noqa: E731
+        return Condition(jnp.asarray(rows), spread(seen), spread(latents))
+
     return Source(
-        WanTransformer(found.transformer, chunks), params, vae, vae_params, cond, uncond, chunks, solver, guidance,
-        frames, height, width, 3, options.fps or 16.0, 1, seconds,
+        network, params, vae, meshes.everywhere(vae_params, mesh), condition(texts[:-1]), condition(texts[-1:]), image,
+        chunks, solver, guidance, frames, height, width, options.fps or 16.0, meshes.batch(mesh), False, mesh, seconds,
     )  # fmt: skip
 
 
-def _check_shape(found: library.Release, frames: int, height: int, width: int, chunks: ChunkPattern) -> None:
+def _chunks(options: argparse.Namespace, meta: dict[str, Any]) -> ChunkPattern:
+    """Those asked for, or those that the weights were trained with, or frame by frame."""
+    if options.chunks:
+        return ChunkPattern(*options.chunks)
+    return ChunkPattern(**{"first": 1, "size": 1, **((meta.get("config") or {}).get("chunks") or {})})
+
+
+def _latent_shape(found: library.Release, frames: int, height: int, width: int, chunks: ChunkPattern | None):
     """UserError where frames, sides or chunks do not divide."""
     try:
         latents = WanVAE(found.vae).latent_shape(frames, height, width)
-        chunks.count(latents[0])
+        if chunks is not None:
+            chunks.count(latents[0])
         _, ph, pw = found.transformer.patch
         if latents[1] % ph or latents[2] % pw:
             side = found.vae.stride[1]
             raise ValueError(f"--size={width}x{height} does not divide into patches of {side * pw}x{side * ph} pixels")
     except ValueError as error:
         raise UserError(str(error)) from error
+    return latents
 
 
-def ode(options: argparse.Namespace) -> Ode:
-    """The sampler of a diffusion model; UsageError for fewer than one step."""
-    if options.ode < 1:
-        raise UsageError(f"--ode={options.ode}: use at least 1 step")
-    plan = StepPlan(noisy_context=options.noisy_context, context_start=options.context_start or 0)
-    return Ode(options.ode, options.shift or 3.0, plan=plan)
+def _tokens(network: WanTransformer, latents: tuple[int, ...]) -> int:
+    """Of a frame."""
+    _, ph, pw = network.config.patch
+    return (latents[1] // ph) * (latents[2] // pw)
 
 
-def step_plan(steps: Sequence[int], mid: Sequence[Sequence[float]], noisy: bool, start: int) -> StepPlan:
-    """`StepPlan`, its complaints the user's."""
-    try:
-        return StepPlan(tuple(steps), tuple(tuple(row) for row in mid), noisy, start)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def usual_times(steps: Sequence[int], noisy: bool) -> tuple[tuple[float, ...], ...]:
-    """Where published students stop on their way, for each entry of `steps` (spec causal_rcm 6.1)."""
-    two = (5 / 8,) if noisy else (5 / 6,)
-    return tuple(two if n == 2 else MID_TIMES[: max(n - 1, 0)] for n in steps)
-
-
-def first_frame(path: str, source: Source) -> jax.Array:
-    """Latents `[1, 1, height, width, channel]` of an image, resized to the clip. UserError for what is no image."""
+def _picture(path: str | None, chunks: ChunkPattern | None):
+    """The image, in colour. UserError for what is none, or cannot be the first chunk."""
     from PIL import Image, UnidentifiedImageError
 
+    if path is None:
+        return None
+    if chunks is not None and chunks.first != 1:
+        raise UserError(f"--image needs a first chunk of one latent frame, not {chunks.first}: use --chunks=1-N")
     try:
         with Image.open(path) as picture:
-            picture = picture.convert("L" if source.channels == 1 else "RGB")
-            pixels = np.asarray(picture.resize((source.width, source.height), Image.Resampling.LANCZOS))
+            return picture.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
-    pixels = pixels.reshape(1, 1, source.height, source.width, -1).astype(np.float32) / 127.5 - 1
-    return source.codec.encode(source.codec_params, jnp.asarray(pixels))
+
+
+def _size(found: library.Release, picture) -> tuple[int, int]:
+    """Width and height of a clip that are not given: the usual ones, or the image's proportions at their area."""
+    if picture is None:
+        return SIZE
+    return size_of(*picture.size, SIZE[0] * SIZE[1], found.vae.stride[1] * found.transformer.patch[1])
+
+
+def _pixels(picture, width: int, height: int, channels: int = 3) -> jax.Array:
+    """An image as a clip of one frame, `[1, 1, height, width, channel]` in [−1, 1]."""
+    from PIL import Image
+
+    picture = picture.convert("L") if channels == 1 else picture
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), np.float32)
+    return jnp.asarray(pixels.reshape(1, 1, height, width, channels) / 127.5 - 1)
+
+
+def _seen(found: library.Release, folder: Path, picture) -> jax.Array:
+    """The image's CLIP tokens `[1, token, channel]`."""
+    encoder, params = library.load_image_encoder(found, folder)
+    return encoder(params, clip.preprocess(np.asarray(picture)[None], encoder.config))

@@ -1,4 +1,4 @@
-"""`crcm sample`: streams videos from a run's checkpoint or from a published model's weights, chunk by chunk."""
+"""`crcm sample`: videos from a run's checkpoint or from a published model's weights, streamed or made at once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ from fractions import Fraction
 from pathlib import Path
 
 from crcm_jax.cli._parser import Parser
-from crcm_jax.errors import UsageError, UserError
+from crcm_jax.errors import UsageError
 
-HELP = "stream videos from a checkpoint or from Wan's weights: mp4, GIF or a PNG of frames"
+HELP = "make videos with a checkpoint or Wan's weights, streamed or at once: mp4, GIF or a PNG of frames"
 EXAMPLE = 'crcm sample --checkpoint=out/demo/sf_dmd --prompt="a three moves up and left" --steps=2 --out=out/three.gif'
+
+_DETAIL = """\
+Causal models stream, chunk by chunk: students in a few steps (--steps), diffusion models in many (--ode). Bidirectional
+ones make the whole clip at once (--sampler). Weights trained here say which they are. Published ones do not: without
+--sampler or --ode they are taken for a student of four steps, but image-to-video ones for bidirectional.
+
+All devices of this machine are used: prompts are cut over them, then the heads and tokens of each clip, as far as they
+divide; --mesh says it otherwise."""
 
 _EPILOG = f"""\
 for example:
   {EXAMPLE}
   crcm sample --model=wan2.1-t2v-1.3b --weights=weights/causal --prompt="a cat in the rain" --out=clip.mp4 \\
-      --steps=4,2 --mid="15/16,5/6,5/8;5/8" --noisy-context"""
+      --steps=4,2 --mid="15/16,5/6,5/8;5/8" --noisy-context
+  crcm sample --model=wan2.1-t2v-1.3b --weights=weights/wan2.1 --prompt="a cat in the rain" --out=clip.mp4 \\
+      --sampler=unipc --steps=50 --shift=3 --guidance=5 --negative-file=negative.txt
+  crcm sample --model=wan2.1-i2v-14b --weights=weights/i2v --image=cat.png --prompt="the cat looks up" --out=clip.mp4"""
 
 
 def _list(kind, separator=",", example="4,2"):
@@ -49,32 +60,42 @@ def _times(text: str) -> tuple[tuple[float, ...], ...]:
 def parser() -> argparse.ArgumentParser:
     """The command line of `crcm sample`."""
     p = Parser(
-        "crcm sample", description=f"{HELP}.", epilog=_EPILOG, allow_abbrev=False,
+        "crcm sample", description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}", epilog=_EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = p.add_argument
     add("--checkpoint", help="a run's workdir, a checkpoint folder or a .safetensors file")
     add("--which", choices=("ema", "params"), default="ema", help="its averaged or live weights [%(default)s]")
-    add("--model", help="or a published model: wan2.1-t2v-1.3b, wan2.1-t2v-14b")
-    add("--weights", metavar="DIR", help="its transformer, vae and text_encoder.safetensors, and tokenizer")
-    add("--size", type=_pair("x", "832x480"), help="width x height of a published model's clip [832x480]")
-    add("--frames", type=int, help="frames of a published model's clip [81]")
-    add("--chunks", type=_pair("-", "1-1"), help="latent frames of the first and of later chunks [1-1]")
+    add("--model", help="or a published model: wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.1-i2v-14b")
+    add(
+        "--weights", metavar="DIR", help="its transformer, vae, text_encoder (and image_encoder).safetensors, tokenizer"
+    )
+    add("--size", type=_pair("x", "832x480"), help="width x height of its clip [832x480, or an image's at that area]")
+    add("--frames", type=int, help="frames of its clip [81]")
+    add("--chunks", type=_pair("-", "1-1"), help="latent frames of the first and of later chunks [as trained, 1-1]")
     add("--prompt", action="append", help="what to show; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
-    add("--negative-prompt", dest="negative", help="what guidance leads away from [nothing]")
+    add("--negative", "--negative-prompt", help="what guidance leads away from [nothing]")
     add("--negative-file", metavar="FILE", help="a text file with it")
-    add("--image", metavar="FILE", help="the first frame (image-to-video)")
+    add("--image", metavar="FILE", help="the first frame (causal models, and image-to-video ones)")
+    add("--sampler", choices=("unipc", "euler"), help="make the whole clip at once, with a bidirectional model [unipc]")
     solver = p.add_mutually_exclusive_group()
     solver.add_argument(
-        "--steps", type=_list(int), help="steps of each chunk, the last for all later ones [the run's, 4]"
+        "--steps",
+        type=_list(int),
+        help="steps of each chunk, the last for all later ones; or of the whole clip [as trained, 4 or 50]",
     )
-    solver.add_argument("--ode", type=int, metavar="N", help="Euler steps of a diffusion model")
+    solver.add_argument("--ode", type=int, metavar="N", help="Euler steps of a causal diffusion model [50]")
     add("--mid", type=_times, help="times between 1 and 0 where a student stops; chunks apart by ';' [as trained]")
     add("--noisy-context", action="store_true", help="later chunks see the last denoising pass, not a clean one")
-    add("--context-start", type=int, metavar="CHUNK", help="from this chunk on [the run's, 1]")
-    add("--guidance", type=float, help="guidance of a diffusion model [the run's, 3]")
-    add("--shift", type=float, help="time shift of a diffusion model [3]")
+    add("--context-start", type=int, metavar="CHUNK", help="from this chunk on [as trained, 1]")
+    add("--guidance", type=float, help="guidance of a diffusion model [as trained, 3; with --sampler 5]")
+    add("--shift", type=float, help="time shift of a diffusion model [3; with --sampler 5]")
+    add(
+        "--mesh",
+        metavar="AXES",
+        help="devices by axis: data, fsdp (prompts), context, tensor, such as data=2,context=4",
+    )
     add("--seed", type=int, default=0, help="seed of the first clip's noise; clip i takes seed + i [%(default)s]")
     add("--fps", type=float, help="frames per second of the file [8, Wan's 16]")
     add("--out", default="clip.gif", help=".mp4, .gif, .apng, or .png for the frames [%(default)s]")
@@ -100,8 +121,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UsageError(f"--{name} belongs to --model: a run's checkpoint has its own")
     if options.mid and not options.steps:
         raise UsageError("--mid belongs to --steps: a diffusion model's times follow from --ode")
-    if options.shift is not None and not options.ode:
-        raise UsageError("--shift belongs to --ode")
     if options.negative_file:
         options.negative = " ".join(_lines("--negative", options.negative_file))
     prompts = [*(options.prompt or []), *(_lines("prompt", options.prompts) if options.prompts else [])]
@@ -115,67 +134,25 @@ def main(argv: list[str]) -> int:
     options, prompts = parse(argv)
 
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
+    import numpy as np
+
     from crcm_jax.cli import _sample_sources as sources
+    from crcm_jax.cli._sample_run import videos
     from crcm_jax.evaluate.video import SUFFIXES, write_video
 
     out = Path(options.out)
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out={options.out}: the file must end in {', '.join(SUFFIXES)}")
     source = (sources.from_release if options.model else sources.from_checkpoint)(options, prompts)
-    if options.image and source.chunks.first != 1:
-        raise UserError(f"--image needs a first chunk of one latent frame, not {source.chunks.first}: use --chunks=1-N")
-    image = sources.first_frame(options.image, source) if options.image else None
     for part, seconds in source.seconds.items():
         print(f"{part}: {seconds:.1f} s", file=sys.stderr)
-
-    compile_first = True
-    for start in range(0, len(prompts), source.batch):
-        batch = range(start, min(start + source.batch, len(prompts)))
-        video = _stream(source, options, batch, image, compile_first)
-        compile_first = False
-        name = out if source.batch >= len(prompts) else out.with_stem(f"{out.stem}-{start}")
-        began = time.perf_counter()
-        write_video(name, video, options.fps or source.fps)
-        print(f"{name}: {video.shape[0]} frames, written in {time.perf_counter() - began:.1f} s")
+    for clips, batch in videos(source, options.seed):
+        files = [out.with_stem(f"{out.stem}-{i}") for i in clips] if len(prompts) > 1 else [out]
+        if source.together:
+            # One above the other.
+            files, batch = [out], [np.concatenate(list(batch), axis=1)]
+        for file, video in zip(files, batch):
+            began = time.perf_counter()
+            write_video(file, video, options.fps or source.fps)
+            print(f"{file}: {video.shape[0]} frames, written in {time.perf_counter() - began:.1f} s")
     return 0
-
-
-def _stream(source, options, batch: range, image, compile_first: bool):
-    """Streams the clips of prompts number `batch`; `[frame, height, width, channel]`, the clips one above the other."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from tqdm import tqdm
-
-    from crcm_jax.evaluate.producer import clip_noise
-    from crcm_jax.sampling import Few, stream
-
-    few, latents = isinstance(source.solver, Few), source.latent_shape()
-    seeds = [options.seed + i for i in batch]
-    noise = clip_noise(seeds, latents, source.solver.most if few else 0, image=image is not None)
-    cond = jax.tree.map(lambda leaf: leaf[batch.start : batch.stop], source.cond)
-    first = None if image is None else jnp.broadcast_to(image, (len(batch), *image.shape[1:]))
-
-    def run():
-        chunks = stream(
-            source.network, source.params, cond, None, shape=(len(batch), *latents), chunks=source.chunks,
-            solver=source.solver, uncond=source.uncond, guidance=source.guidance, image=first, noise=noise,
-        )  # fmt: skip
-        return source.codec.decode_stream(source.codec_params, chunks)
-
-    if compile_first:
-        print("crcm: compiling", file=sys.stderr)
-        # A first chunk of another length, and the first one that keeps a noisy context, are programs of their own.
-        for _, pixels in zip(range(max(source.solver.plan.context_start, image is not None) + 2), run()):
-            jax.block_until_ready(pixels)
-    parts, latency, began = [], None, time.perf_counter()
-    with tqdm(total=source.frames, unit="frame", desc="streaming") as bar:
-        for pixels in run():
-            parts.append(np.asarray(pixels))
-            latency = latency or time.perf_counter() - began
-            bar.update(pixels.shape[1])
-    seconds = time.perf_counter() - began
-    video = np.concatenate(parts, 1)
-    rate = video.shape[0] * video.shape[1] / seconds
-    print(f"{rate:.1f} frames/s, first chunk after {1000 * latency:.0f} ms")
-    return np.concatenate(list(video), axis=1)

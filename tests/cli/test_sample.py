@@ -1,5 +1,7 @@
 """`crcm sample`, from the words of the command line to the file: a published model in small, and a run's checkpoint."""
 
+import dataclasses
+
 import imageio.v3 as iio
 import jax
 import numpy as np
@@ -8,14 +10,20 @@ import tiny
 
 from configs.digits import get_config
 from crcm_jax import build
-from crcm_jax.cli import sample
+from crcm_jax.cli import _sample_solver, sample
 from crcm_jax.errors import UsageError, UserError
+from crcm_jax.evaluate.producer import clip_noise
+from crcm_jax.evaluate.video import write_video
+from crcm_jax.models.base import Condition
 from crcm_jax.models.wan import library
+from crcm_jax.models.wan.clip import CLIPVision, CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
 from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.models.wan.vae_config import WanVAEConfig
+from crcm_jax.sampling import Few, Ode, Whole, generate_whole, teacher_times
+from crcm_jax.schedule import MID_TIMES, StepPlan
 from crcm_jax.train.identity import as_json
 from crcm_jax.train.weights import save_params
 
@@ -29,17 +37,25 @@ SMALL = library.Release(
 )
 """The published model's parts, small: 4 pixels and 4 frames a latent one, so that 9 frames are 3 latent ones."""
 
+SMALL_I2V = dataclasses.replace(
+    SMALL,
+    transformer=dataclasses.replace(SMALL.transformer, in_channels=36, image_dim=10),
+    image=CLIPVisionConfig(dim=10, ffn_dim=12, heads=2, layers=2, image=8, patch=4, projection=3),
+)
+"""The image-to-video model's, small."""
+
 SIZE = ["--size=16x24", "--frames=9"]
 
 
-def words(folder, *more):
-    return ["--model=small", f"--weights={folder}", "--prompt=a cat walks", *SIZE, *more]
+def words(folder, *more, model="small"):
+    return [f"--model={model}", f"--weights={folder}", "--prompt=a cat walks", *SIZE, *more]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(library.RELEASES, "small", SMALL)
+        patch.setitem(library.RELEASES, "small-i2v", SMALL_I2V)
         yield
 
 
@@ -109,6 +125,50 @@ def test_first_frame_and_guided_ode(weights, tmp_path):
     assert np.abs(clips[0].astype(int) - clips[1]).max() > 8
 
 
+def test_a_bidirectional_model_makes_the_clip_at_once(weights, tmp_path, capsys):
+    """What the command makes is what the sampler makes with the same parts; each option is heard."""
+    more = ["--sampler=unipc", "--steps=3", "--shift=4", "--guidance=2", "--negative=a dog", "--seed=5"]
+    assert sample.main([*words(weights, *more), "--prompt=a dog", f"--out={tmp_path / 'a.png'}"]) == 0
+    told = capsys.readouterr()
+    assert "at once, unipc, 3 steps, shift 4, guidance 2" in told.err and "3 steps of" in told.out
+    network = WanTransformer(SMALL.transformer)
+    encode = library.load_text_encoder(SMALL, weights)
+    cond, uncond = (Condition(encode([text])) for text in ("a cat walks", "a dog"))
+    noise = clip_noise([5], (3, 6, 4, 16), 0).initial
+    options = {"times": teacher_times(3, 4.0), "uncond": uncond, "guidance": 2.0}
+    latents = generate_whole(network, library.load_transformer(network, weights), cond, noise, **options)
+    vae, params = library.load_vae(SMALL, weights)
+    write_video(tmp_path / "expected.png", np.asarray(vae.decode(params, latents))[0])
+    expected = iio.imread(tmp_path / "expected.png").astype(int)
+    found = iio.imread(tmp_path / "a-0.png").astype(int)
+    assert np.abs(found - expected).max() <= 1 and expected.std() > 10
+
+
+def test_image_to_video(weights, tmp_path, capsys):
+    """Image in, mp4 out; the input channels, what is in them, and CLIP's tokens have tests of their own."""
+    for name in ("vae.safetensors", "text_encoder.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(weights / name)
+    save_params(tmp_path / "transformer.safetensors", tiny.parameters(WanTransformer(SMALL_I2V.transformer)), {})
+    iio.imwrite(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8))
+    more = [f"--image={tmp_path / 'a.png'}", "--steps=2", f"--out={tmp_path / 'first.png'}"]
+    with pytest.raises(UserError, match=r"holds no image_encoder\.safetensors"):
+        sample.main(words(tmp_path, *more, model="small-i2v"))
+    # As transformers' CLIPVisionModel has it, without a projection.
+    bare = dataclasses.replace(SMALL_I2V.image, projection=None)
+    encoder = tiny.parameters(CLIPVision(bare))
+    save_params(tmp_path / "image_encoder.safetensors", encoder, {"model": {"projection": None}})
+    assert sample.main(words(tmp_path, *more, model="small-i2v")) == 0
+    assert "whole clip at once, unipc, 2 steps, shift 5, guidance 5" in capsys.readouterr().err
+    first = iio.imread(tmp_path / "first.png").astype(int)
+    # Other weights of the image encoder: the clip is made with what CLIP sees.
+    (tmp_path / "image_encoder.safetensors").unlink()
+    save_params(
+        tmp_path / "image_encoder.safetensors", jax.tree.map(np.negative, encoder), {"model": {"projection": None}}
+    )
+    sample.main(words(tmp_path, *more, model="small-i2v"))
+    assert np.abs(iio.imread(tmp_path / "first.png").astype(int) - first).max() > 2
+
+
 def test_a_run(run, tmp_path, capsys):
     words = [f"--checkpoint={run}", "--prompt=a three moves up", "--prompt=a one moves left", "--steps=2,1"]
     assert sample.main([*words, f"--out={tmp_path / 'a.gif'}"]) == 0
@@ -127,12 +187,20 @@ def test_a_run(run, tmp_path, capsys):
         (["--checkpoint=x"], "--prompt is missing"),
         (["--checkpoint=x", "--prompts=nowhere.txt"], "no prompt file nowhere.txt"),
         (["--checkpoint=x", "--prompt=a", "--mid=0.5"], "--mid belongs to --steps"),
-        (["--checkpoint=x", "--prompt=a", "--shift=5"], "--shift belongs to --ode"),
         (["--checkpoint=x", "--prompt=a", "--steps=2", "--mid=1/0"], "not a list of numbers"),
         (["--checkpoint=x", "--prompt=a", "--steps=2", "--ode=3"], "not allowed with"),
         (["--model=m", "--weights=w", "--prompt=a", "--size=832"], "'832' is not like 832x480"),
         (["--model=m", "--weights=w", "--prompt=a"], "--model=m is not one of wan2.1-t2v-1.3b"),
-        (["--model=wan2.1-i2v-14b", "--weights=w", "--prompt=a"], "CLIP"),
+        (["--model=small", "--weights=w", "--prompt=a", "--shift=5"], "--shift belongs to --ode and --sampler"),
+        (["--model=wan2.1-i2v-14b", "--weights=w", "--prompt=a"], "needs --image=FILE"),
+        (["--model=wan2.1-i2v-14b", "--weights=w", "--prompt=a", "--ode=9"], "--ode streams"),
+        (["--model=wan2.1-i2v-14b", "--weights=w", "--prompt=a", "--chunks=1-3"], "--chunks is for streaming"),
+        (["--model=small", "--weights=w", "--prompt=a", "--sampler=unipc", "--steps=4,2"], "takes one number of steps"),
+        (["--model=small", "--weights=w", "--prompt=a", "--sampler=unipc", "--image=x"], "--image is for causal"),
+        (["--model=small", "--weights=w", "--prompt=a", "--sampler=heun"], "invalid choice"),
+        (["--model=small", "--weights=w", "--prompt=a", "--mesh=data:2"], "is not like data=2,context=4"),
+        (["--model=small", "--weights=w", "--prompt=a", "--mesh=row=2"], "mesh.row is no axis"),
+        (["--model=small", "--weights=w", "--prompt=a", "--mesh=data=99"], "needs 99 devices"),
         (["--model=small", "--weights=w", "--prompt=a", "--out=clip.avi"], "must end in"),
     ],
 )
@@ -151,7 +219,7 @@ def test_wrong_command_lines(argv, message):
         (["--steps=2,4"], "never increase"),
         (["--steps=3", "--mid=1/2"], "intermediate times"),
         (["--steps=3", "--mid=1/2,3/4"], "decrease"),
-        (["--steps=2", "--guidance=3"], "--guidance belongs to --ode"),
+        (["--steps=2", "--guidance=3"], "--guidance belongs to --ode and --sampler"),
         ([], "no folder of weights at"),
     ],
 )
@@ -159,6 +227,55 @@ def test_impossible_clips_and_schedules_are_named_before_anything_is_read(more, 
     with pytest.raises(UserError, match=message) as caught:
         sample.main(words("nowhere", *more))
     assert "\n" not in str(caught.value)
+
+
+def chosen(meta, *more, whole=False):
+    options, _ = sample.parse(words("nowhere", *more))
+    solver, guidance = _sample_solver.choose(options, meta, whole=whole)
+    return solver, guidance, _sample_solver.describe(solver, guidance, meta)
+
+
+def test_options_and_weights_choose_the_sampler():
+    """What the weights record decides where it is there, and gives the defaults; options change them."""
+    config = {"rollout": {"steps": [2, 1], "times": [[0.5], []]}, "sample": {"ode_steps": 24, "guidance": 2.5}}
+    student, teacher, whole = ({"training": name, "config": config} for name in ("sf_dmd", "tf", "bidirectional"))
+    mid = MID_TIMES
+    assert chosen({})[:2] == (Few(StepPlan((4,), (mid,), False, 1)), 1.0)
+    assert "the weights do not say what they are: --sampler=unipc is for bidirectional" in chosen({})[2]
+    assert chosen({}, "--steps=4,2")[0] == Few(StepPlan((4, 2), (mid, (5 / 6,)), False, 1))
+    assert chosen({}, "--steps=4,2", "--noisy-context")[0] == Few(StepPlan((4, 2), (mid, (5 / 8,)), True, 1))
+    assert chosen(student)[:2] == (Few(StepPlan((2, 1), ((0.5,), ()), False, 1)), 1.0)
+    assert chosen(student)[2] == "chunk by chunk, 2,1 steps (trained as sf_dmd)"
+    assert chosen(student, "--steps=1", "--mid=1/2", "--context-start=2")[0].plan == StepPlan((1,), ((0.5,),), False, 2)
+    assert chosen({}, "--ode=50")[:2] == (Ode(50, 3.0), 3.0)
+    assert chosen(teacher)[:2] == (Ode(24, 3.0), 2.5)
+    assert chosen(teacher, "--ode=9", "--shift=5", "--guidance=3")[:2] == (Ode(9, 5.0), 3.0)
+    assert chosen({}, "--sampler=euler")[:2] == (Whole("euler", 50, 5.0), 5.0)
+    assert chosen({}, whole=True)[:2] == chosen({}, "--sampler=unipc", "--steps=50")[:2] == (Whole(), 5.0)
+    assert chosen(whole, "--steps=9", "--shift=3", "--guidance=4")[:2] == (Whole("unipc", 9, 3.0), 4.0)
+    assert (
+        chosen(whole)[2] == "the whole clip at once, unipc, 24 steps, shift 5, guidance 2.5 (trained as bidirectional)"
+    )
+    for meta, more, message in (
+        (student, "--sampler=unipc", "trained as 'sf_dmd': drop it"),
+        (teacher, "--sampler=unipc", "trained as 'tf': drop it"),
+        (whole, "--ode=9", "--ode streams, and this model is bidirectional"),
+        (whole, "--noisy-context", "--noisy-context is for streaming"),
+        (student, "--guidance=2", "--guidance belongs to --ode and --sampler"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            chosen(meta, more)
+
+
+def test_what_weights_record_is_read(weights, tmp_path):
+    params = tiny.parameters(WanTransformer(SMALL.transformer))
+    save_params(
+        tmp_path / "transformer.safetensors", params, {"training": "sf_dmd", "config": {"chunks": {"first": 3}}}
+    )
+    with pytest.raises(UsageError, match="trained as 'sf_dmd': drop it"):
+        sample.main(words(tmp_path, "--sampler=euler"))
+    with pytest.raises(UserError, match="first chunk of one latent frame, not 3"):
+        sample.main(words(tmp_path, "--image=x.png"))
 
 
 def test_wrong_weights_are_named(weights, tmp_path):
@@ -178,10 +295,10 @@ def test_wrong_weights_are_named(weights, tmp_path):
 
 
 def test_what_is_read_has_the_dtypes_that_are_used(weights):
-    params = library.load_transformer(SMALL, weights)
+    params = library.load_transformer(WanTransformer(SMALL.transformer), weights)
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     assert kinds == {"float32"}
-    half = library.Release(WanConfig(**{**vars(SMALL.transformer), "dtype": "bfloat16"}), SMALL.vae, SMALL.text)
+    half = WanTransformer(dataclasses.replace(SMALL.transformer, dtype="bfloat16"))
     params = library.load_transformer(half, weights)
     assert params["blocks"]["ffn"]["up"]["kernel"].dtype == "bfloat16"
     assert params["blocks"]["modulation"].dtype == params["outside"]["head"]["kernel"].dtype == "float32"

@@ -56,7 +56,7 @@ class Tokenizer:
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """`load_tokenizer`, to be called before gigabytes of weights are read: UserError for all that encoding will lack."""
+    """`load_tokenizer`, to be called before gigabytes of weights are read: UserError for what encoding will lack."""
     try:
         clean_prompt("")
         return load_tokenizer(path)

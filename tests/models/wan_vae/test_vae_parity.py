@@ -1,10 +1,14 @@
 """The autoencoder against diffusers' `AutoencoderKLWan`, tiny and random, in float32 on the CPU."""
 
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.tables import wan_vae as tables
+from crcm_jax.models.wan.image import condition_latents, size_of
 from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.models.wan.vae_config import WanVAEConfig
 
@@ -43,8 +47,9 @@ BOUND = 1e-4
 def torch_model(version):
     torch.manual_seed(0)
     model = diffusers.AutoencoderKLWan(
-        base_dim=8, z_dim=4, num_res_blocks=1, temperal_downsample=[False, True, True], **THEIRS[version]
-    ).eval()
+        base_dim=8, z_dim=4, num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=STATISTICS["mean"], latents_std=STATISTICS["std"], **THEIRS[version],
+    ).eval()  # fmt: skip
     with torch.no_grad():
         for p in model.parameters():
             if p.numel() == max(p.shape):  # biases and norm scales, which start as zeros and ones
@@ -120,3 +125,36 @@ def test_every_parameter_counts(pair):
         else:
             error = relative(vae.decode(changed, z), decoded)
         assert error > 10 * BOUND, f"{jax.tree_util.keystr(path)} {leaf.shape}: {error}"
+
+
+def test_what_image_to_video_is_told_of_its_first_frame(pair):
+    """Mask and latents, against the pipeline's own `prepare_latents`."""
+    model, ours, params = pair
+    if ours.config.residual:
+        pytest.skip("image-to-video models of this form have the autoencoder of Wan2.1")
+    image = np.random.default_rng(3).uniform(-1, 1, (1, 1, 16, 24, 3)).astype(np.float32)
+    pipeline = SimpleNamespace(
+        vae=model,
+        config=SimpleNamespace(expand_timesteps=False),
+        vae_scale_factor_temporal=4,
+        vae_scale_factor_spatial=8,
+    )
+    with torch.no_grad():
+        latents, expected = diffusers.WanImageToVideoPipeline.prepare_latents(
+            pipeline, torch.tensor(image[:, 0]).permute(0, 3, 1, 2), 1, 4, 16, 24, 9, torch.float32,
+            torch.device("cpu"), latents=torch.zeros(1, 4, 3, 2, 3),
+        )  # fmt: skip
+    found = condition_latents(ours, params, jnp.asarray(image), 9)
+    assert latents.shape[1] == 4 and found.shape == (1, 3, 2, 3, 4 + 4)
+    expected = expected.permute(0, 2, 3, 4, 1).numpy()
+    np.testing.assert_array_equal(found[..., :4], expected[..., :4])
+    assert float(np.max(np.abs(found[..., 4:] - expected[..., 4:])) / np.max(np.abs(expected))) <= BOUND
+
+
+def test_clips_take_their_image_s_proportions():
+    """As the original works them out: the largest multiples of a patch within the area."""
+    assert size_of(832, 480, 832 * 480, 16) == (832, 480)
+    assert size_of(480, 832, 832 * 480, 16) == (480, 832)
+    assert size_of(1000, 1000, 832 * 480, 16) == (624, 624)  # 631.9
+    assert size_of(1920, 1080, 1280 * 720, 16) == (1280, 720)
+    assert size_of(4000, 3, 832 * 480, 16) == (23072, 16)

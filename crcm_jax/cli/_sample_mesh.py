@@ -1,0 +1,77 @@
+"""Over which devices `crcm sample` spreads its work: prompts first, then the heads and tokens of each clip."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from crcm_jax.errors import UsageError
+from crcm_jax.parallel import mesh as meshes
+from crcm_jax.parallel.placement import SAMPLES, indivisible
+
+ROOM = 0.6
+"""The share of a device's memory that whole weights may take: the rest is for caches and activations."""
+
+
+def choose(text: str | None, prompts: int, heads: int, tokens: int, weights: int) -> Mesh | None:
+    """The mesh of `--mesh=TEXT`, such as `data=2,context=4`, or a fitting one of all local devices; None for just one.
+
+    prompts: clips that there are; heads, tokens: of the network, and of a latent frame; weights: bytes of it all.
+    By default prompts are cut over as many devices as there are, and what is left cuts heads and tokens as far as they
+    divide. Weights that take more than `ROOM` of a device are cut as well. UsageError for a mesh that cannot be.
+    """
+    devices = jax.local_devices()
+    shape = _asked(text) if text else _usual(len(devices), prompts, heads, tokens, _fits(devices[0], weights))
+    size = math.prod(shape.values())
+    if size > len(devices):
+        raise UsageError(f"--mesh={text} needs {size} devices and there are {len(devices)}")
+    if lack := indivisible(shape, heads, tokens):
+        raise UsageError(f"--mesh={text}: {lack}: use a divisor")
+    words = meshes.describe(tuple(shape.values()))
+    if len(devices) > 1:
+        idle = (
+            f", {len(devices) - size} idle: what there is does not divide" if size < len(devices) and not text else ""
+        )
+        print(f"crcm: {size} of {len(devices)} devices, {words}{idle}", file=sys.stderr)
+    if size == 1:
+        return None
+    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices[:size], allow_split_physical_axes=True)
+    return Mesh(grid, meshes.AXES, axis_types=(AxisType.Auto,) * len(meshes.AXES))
+
+
+def _asked(text: str) -> dict[str, int]:
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(number.isdecimal() for _, _, number in parts) or len({name for name, *_ in parts}) < len(parts):
+        raise UsageError(f"--mesh={text} is not like data=2,context=4")
+    return dict(zip(meshes.AXES, meshes.sizes({"mesh": {name: int(number) for name, _, number in parts}})))
+
+
+def _usual(devices: int, prompts: int, heads: int, tokens: int, fits: bool) -> dict[str, int]:
+    samples, within = ("data", "context") if fits else ("fsdp", "tensor")
+
+    def shape(n: int, m: int) -> dict[str, int]:
+        return {**dict.fromkeys(meshes.AXES, 1), samples: n, within: m}
+
+    n = max(d for d in range(1, devices + 1) if devices % d == 0 and d <= max(prompts, 1))
+    most = devices // n
+    return next(s for m in range(most, 0, -1) if not indivisible(s := shape(n, m), heads, tokens))
+
+
+def _fits(device: Any, weights: int) -> bool:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit is None or weights <= ROOM * limit
+
+
+def batch(mesh: Mesh | None) -> int:
+    """Clips that are made at once: one for each part into which prompts are cut."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in SAMPLES)
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """`tree`, whole on each device of the mesh; the network cuts it where it uses it."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
