@@ -58,13 +58,17 @@ def random_params(network: WanTransformer, dtype, seed: int = 0):
 
 def seconds(function, repeats: int) -> float:
     """The fastest of `repeats` calls, after one that is not timed."""
-    jax.block_until_ready(function())
-    best = float("inf")
-    for _ in range(repeats):
+    return first_and_best(function, repeats)[1]
+
+
+def first_and_best(function, repeats: int) -> tuple[float, float]:
+    """Seconds of the first call, which compiles, and of the fastest of `repeats` calls after it."""
+    took = []
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         jax.block_until_ready(function())
-        best = min(best, time.perf_counter() - start)
-    return best
+        took.append(time.perf_counter() - start)
+    return took[0], min(took[1:])
 
 
 def flops(c: WanConfig, tokens: int, text: int) -> float:
@@ -84,19 +88,20 @@ def bench_velocity(c: WanConfig, params, shape, cond: Condition, repeats: int) -
     return f"{took:8.3f} s  {work / took / 1e12:6.0f} TFLOP/s of {work / 1e12:.0f} TFLOP, {tokens} tokens"
 
 
-def bench_stream(c: WanConfig, layers, shape, cond: Condition, repeats: int, chunks: ChunkPattern, plan) -> str:
-    """A clip streamed chunk by chunk, without decoding, by a network whose weights lie apart (`layers`)."""
-    network, solver = WanTransformer(c, chunks, apart=True), Few(plan)
+def bench_stream(c: WanConfig, params, shape, cond: Condition, repeats: int, chunks: ChunkPattern, plan) -> str:
+    """A clip streamed chunk by chunk, without decoding."""
+    network, solver = WanTransformer(c, chunks, apart=isinstance(params["blocks"], list)), Few(plan)
     noise = draw_noise(jax.random.key(1), shape, solver.most)
 
     def run():
-        return list(stream(network, layers, cond, None, shape=shape, chunks=chunks, solver=solver, noise=noise))
+        return list(stream(network, params, cond, None, shape=shape, chunks=chunks, solver=solver, noise=noise))
 
-    took = seconds(run, repeats)
+    first, took = first_and_best(run, repeats)
     passes = sum(len(solver.times(chunk)) - 1 for chunk in range(chunks.count(shape[1])))
     passes += sum(not plan.noisy_context or i < plan.context_start for i in range(chunks.count(shape[1])))
     frames = 1 + 4 * (shape[1] - 1)
-    return f"{took:8.3f} s  {frames / took:6.1f} frames/s, {passes} passes of {1e3 * took / passes:.1f} ms"
+    each = f"{passes} passes of {1e3 * took / passes:.1f} ms"
+    return f"{took:8.3f} s  {frames / took:6.1f} frames/s, {each}, compiled in {first - took:.0f} s"
 
 
 def main():
@@ -107,6 +112,7 @@ def main():
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="[the best that applies]")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--stacked", action="store_true", help="stream with the layers' weights stacked, not apart")
     parser.add_argument("--torch", action="store_true", help="compare with diffusers' class")
     parser.add_argument("--tiny", action="store_true", help="a toy size")
     a = parser.parse_args()
@@ -120,7 +126,7 @@ def main():
     cond = Condition(text=text)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {a.size}, {a.dtype}, latents {shape}", flush=True)
     rows = {"velocity, bidirectional": lambda: bench_velocity(c, params, shape, cond, a.repeats)}
-    layers = unstacked(params)
+    layers = params if a.stacked else unstacked(params)
     for name, (chunks, plan) in STREAMS.items():
         rows[name] = lambda chunks=chunks, plan=plan: bench_stream(c, layers, shape, cond, a.repeats, chunks, plan)
     for name, row in rows.items():
