@@ -137,16 +137,14 @@ class Placement:
     def gather(self, params: Any, name: str, dtype=None):
         """The weights of one layer, or of what is outside the layers, whole but for tensor.
 
-        params: a tree whose leaves' names, after `name`, are those that `rules` knows, without the layers' axis.
+        params: a tree whose leaves' names, after `name`, are those that `rules` knows.
         dtype: what matrices are cast to before they travel, or None to leave them as they are.
         """
         if self.mesh is None:
             return params
-        stack = (1,) if name == "blocks" else ()
 
         def leaf(path, x):
-            full = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
-            spec = rules.spec(full, (*stack, *x.shape), self.mesh)[0][len(stack) :]
+            spec, _ = rules.spec(f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", x.shape, self.mesh)
             if "fsdp" not in spec:
                 return x
             cut, whole = P(*spec), P(*(None if axis == "fsdp" else axis for axis in spec))

@@ -37,8 +37,13 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, str | None]:
-    """(how the leaf called `name` is cut, why an axis that `RULES` would cut is whole instead, or None)."""
-    rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", name)), P())
+    """(how the leaf called `name` is cut, why an axis that `RULES` would cut is whole instead, or None).
+
+    A leaf of one layer, `…/blocks/0/self_attn/q/kernel`, is cut as its layer is within the stack.
+    """
+    stacked = re.sub(r"(^|/)blocks/\d+/", r"\1blocks/", name)
+    rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", stacked)), P())
+    rule = rule if stacked == name else rule[1:]
     axes, reason = [], None
     for length, axis in zip(shape, rule):
         parts = 1 if axis is None else mesh.shape[axis]

@@ -1,46 +1,54 @@
-"""Runs in a process of its own with eight CPU devices: the same train step on several meshes, as one JSON object.
+"""Runs in a process of its own with eight CPU devices: the same gradients on several meshes, as one JSON object.
 
-`mesh_worker.py` prints, for each training type and mesh, the largest relative differences of losses, metrics and
-gradients from one device, and the share of the state that one device holds. `mesh_worker.py all` takes minutes: every
-type on every mesh. The default are the types and the mesh that hold everything that the others do.
+`mesh_worker.py` prints, for some training types and meshes that together hold everything, the largest relative
+differences of losses, metrics and gradients from one device, and how the programs communicate. `mesh_worker.py all`
+compares every training type on every mesh, which takes a quarter of an hour, and prints a row as it has it.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from configs.digits import get_config
+from configs.digits import TRAINING, get_config
 from crcm_jax import build
+from crcm_jax.models.base import Condition
+from crcm_jax.objectives.algorithm import Progress
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import rules
-from crcm_jax.train import state as states
-from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.step import make_steps
+from crcm_jax.sampling.stream import Few, generate
+from crcm_jax.schedule import StepPlan
 
 MESHES = {
-    "one": {},
-    "data": {"data": 8},
-    "fsdp": {"fsdp": 8},
-    "tensor": {"tensor": 8},
-    "context": {"data": 2, "context": 4},
-    "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
-    "all": {"fsdp": 2, "context": 2, "tensor": 2},
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "tensor 8": {"tensor": 8},
+    "context 8": {"context": 8},
+    "data 2 × context 4": {"data": 2, "context": 4},
+    "data 2 × fsdp 2 × context 2": {"data": 2, "fsdp": 2, "context": 2},
+    "fsdp 2 × context 2 × tensor 2": {"fsdp": 2, "context": 2, "tensor": 2},
 }
-QUICK = {"tf_scm": ("one", "mixed"), "sf_dmd": ("one", "mixed")}
-EVERYTHING = {training: tuple(MESHES) for training in ("tf", "tf_scm", "sf_dmd")}
-FAST = {"xla_backend_optimization_level": 0}
+QUICK = {
+    "bidirectional": ("fsdp 8", "context 8"),
+    "tf_scm": ("fsdp 2 × context 2 × tensor 2",),
+    "sf_dmd": ("data 2 × fsdp 2 × context 2",),
+}
 
 
 def config(training: str, mesh: dict[str, int], **changes):
+    """Digits at a size that compiles in seconds: 16 tokens a frame, eight heads, tiled attention; and where the batch's
+    latents, and so its activations, are larger than any matrix."""
     c = get_config(training)
-    c.model.update({"dim": 64, "ffn_dim": 96, "heads": 8, "layers": 2, "freq_dim": 16})
-    c.data.update({"batch_size": 8, "frames": 3})
+    c.model.update({"dim": 48, "ffn_dim": 96, "heads": 8, "layers": 2, "freq_dim": 16, "patch": (1, 2, 2)})
+    c.model.update({"attention": "chunked", "remat": "block"})
+    c.data.update({"batch_size": 8, "frames": 7})
     c.rollout.steps, c.rollout.times = (2,), ((5 / 6,),)
-    c.optim.warmup = c.critic_optim.warmup = 0
     c.mesh = mesh
     c.update_from_flattened_dict(changes)
     return c
@@ -66,83 +74,111 @@ def batch_of(c, seed: int = 5):
     return {"latents": latents, "text": rng.normal(size=(size, c.text.length, c.text.dim)).astype(np.float32)}
 
 
-def run(c, *batches):
-    """(for each batch, what a student step and a critic step yield from the same state, share of it on one device).
+def place(tree, mesh):
+    return jax.device_put(tree, rules.shardings(tree, mesh))
 
-    What a player's step yields: its metrics, and its gradient, read off the optimiser's first moment.
+
+def compiled(c, placed: bool = True):
+    """The gradient function of each player, compiled for `c.mesh`, and its arguments but for the batch.
+
+    placed: whether the networks know the mesh; without, the compiler is left alone with it.
     """
     mesh = meshes.make(c)
-    algorithm = rules.cut_gradients(build.algorithm(c, mesh), mesh)
-    optimizer, critic_optimizer = Optimizer.from_config(c.optim), Optimizer.from_config(c.critic_optim)
-    tree = jax.eval_shape(build.network(c).init, jax.random.key(0))
-    params = random_like(tree, 0)
-    others = {
-        "uncond": batches[0]["text"][:1] * 0,
-        **{name: random_like(tree, i) for i, name in enumerate(algorithm.reads, 1)},
+    algorithm = rules.cut_gradients(build.algorithm(c, mesh if placed else None), mesh)
+    trees = {
+        role: random_like(jax.eval_shape(build.network(c, role).init, jax.random.key(0)), seed)
+        for seed, role in enumerate(("student", "critic", *algorithm.reads))
     }
-    others = jax.device_put(others, rules.shardings(others, mesh))
-    critic = None if algorithm.critic is None else random_like(tree, 9)
+    frozen = place({"uncond": np.zeros((1, c.text.length, c.text.dim), np.float32), **trees}, mesh)
+    batch = jax.device_put(batch_of(c), meshes.samples(mesh))
+    at = Progress(*(jnp.int32(i) for i in (5, 1, 1)))
+    weights = np.full(c.data.batch_size, 1 / c.data.batch_size, np.float32)
+    players = {"student": algorithm.student, "critic": algorithm.critic}
+    rest = (jax.random.key(3), at, weights)
+    functions = {
+        name: jax.jit(function).lower(frozen[name], frozen, batch, *rest).compile()
+        for name, function in players.items()
+        if function
+    }
+    return functions, frozen, rest
 
-    def fresh(params, critic):
-        return states.create(params, optimizer, critic, critic_optimizer)
 
-    like = rules.abstract(jax.eval_shape(fresh, params, critic), mesh)
-    placed = jax.tree.map(lambda x: x.sharding, like)
-    make = jax.jit(fresh, out_shardings=placed).lower(params, critic).compile(FAST)
-    batches = [jax.device_put(batch, meshes.samples(mesh)) for batch in batches]
-    players = [
-        (name, step)
-        for name, step in zip(
-            ("student", "critic"), make_steps(algorithm, optimizer, critic_optimizer, shardings=placed)
-        )
-        if step
-    ]
-    compiled = {name: step.lower(like, others, batches[0]).compile(FAST) for name, step in players}
+def run(c, *batches):
+    """For each batch, the metrics and the gradient of each player; and how the weights lie and are gathered."""
+    functions, frozen, rest = compiled(c)
     results = []
     for batch in batches:
-        now = make(params, critic)
+        batch = jax.device_put(batch, meshes.samples(meshes.make(c)))
         results.append({})
-        for name, step in compiled.items():
-            now, metrics = step(now, others, batch)
-            opt, b1 = (now.opt, c.optim.b1) if name == "student" else (now.critic_opt, c.critic_optim.b1)
-            moments = next(part for part in opt.adam if hasattr(part, "mu"))
-            results[-1][name] = {
-                "metrics": {k: float(v) for k, v in metrics.items()},
-                "gradient": jax.tree.map(lambda g, b1=b1: np.asarray(g) / (1 - b1), moments.mu),
-            }
-        kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), now, placed)
-        assert all(jax.tree.leaves(kept)), "a step changed how the state lies"
-    return results, rules.device_bytes(now) / sum(x.nbytes for x in jax.tree.leaves(now))
+        for name, function in functions.items():
+            (losses, metrics), grads = function(frozen[name], frozen, batch, *rest)
+            kept = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), grads, frozen[name])
+            assert all(jax.tree.leaves(kept)), "a gradient lies as its parameter does not"
+            results[-1][name] = jax.tree.map(np.asarray, ({"loss": losses, **metrics}, grads))
+    whole = sum(x.nbytes for x in jax.tree.leaves(frozen["student"]))
+    about = {"share": rules.device_bytes(frozen["student"]) / whole, "gathered": gathered(functions["student"])}
+    return results, about
 
 
 def differences(a, b):
-    """Largest relative difference of (loss-like metrics, gradient leaves each against its own largest entry)."""
-    scalars = max(
-        abs(a[p]["metrics"][k] - b[p]["metrics"][k]) / max(abs(b[p]["metrics"][k]), 1e-6)
-        for p in b
-        for k in b[p]["metrics"]
-    )
-    leaves = [
-        np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)
-        for p in b
-        for x, y in zip(jax.tree.leaves(a[p]["gradient"]), jax.tree.leaves(b[p]["gradient"]))
-    ]
-    return {"metrics": float(scalars), "gradient": float(max(leaves))}
+    """Largest relative difference of (losses and metrics, gradient leaves), each against its own largest entry."""
+
+    def largest(part):
+        pairs = [pair for p in b for pair in zip(jax.tree.leaves(a[p][part]), jax.tree.leaves(b[p][part]))]
+        return float(max(np.abs(x - y).max() / max(np.abs(y).max(), 1e-12) for x, y in pairs))
+
+    return {"metrics": largest(0), "gradient": largest(1)}
+
+
+def gathered(program) -> int:
+    """Numbers in the largest result of an all-gather on one device."""
+    shapes = re.findall(r" = f32\[([\d,]*)\]\S* all-gather\(", program.as_text())
+    return max((math.prod(map(int, shape.split(","))) for shape in shapes if shape), default=0)
+
+
+def compare(training: str, names):
+    """(name, differences) of a training type on each of those meshes, and of a wrong answer."""
+    c = config(training, {})
+    batch = batch_of(c)
+    # The comparison must see a wrong answer: one sample of eight in another's place.
+    wrong = {name: x[[1, *range(1, 8)]] for name, x in batch.items()}
+    (expected, other), _ = run(c, batch, wrong)
+    yield f"{training} power", differences(other, expected)
+    for name in names:
+        (found,), about = run(config(training, MESHES[name]), batch)
+        yield f"{training} {name}", differences(found, expected) | about
+
+
+def streaming():
+    """Largest relative difference of a clip sampled on a mesh, guided, from the same on one device."""
+    clips = []
+    for mesh in ({}, MESHES["fsdp 2 × context 2 × tensor 2"]):
+        c = config("tf", mesh, **{"data.batch_size": 2})
+        mesh = meshes.make(c)
+        network = build.network(c, mesh=mesh)
+        params = place(random_like(jax.eval_shape(network.init, jax.random.key(0)), 0), mesh)
+        batch = batch_of(c)
+        plan = StepPlan((2,), ((5 / 6,),), noisy_context=True, context_start=1)
+        clips.append(
+            generate(
+                network, params, Condition(batch["text"]), jax.random.key(1), shape=batch["latents"].shape,
+                chunks=build.chunk_pattern(c), solver=Few(plan), uncond=Condition(batch["text"] * 0), guidance=2.0,
+            )
+        )  # fmt: skip
+    one, many = (np.asarray(clip) for clip in clips)
+    return float(np.abs(many - one).max() / np.abs(one).max())
 
 
 def main(words):
-    report = {}
-    for training, names in (EVERYTHING if words == ["all"] else QUICK).items():
-        batch = batch_of(config(training, {}))
-        # The comparison must see a wrong answer: one sample of eight in another's place.
-        wrong = {name: x[[1, *range(1, 8)]] for name, x in batch.items()}
-        for name in names:
-            if name == "one":
-                (expected, other), share = run(config(training, {}), batch, wrong)
-                report[f"{training} power"] = differences(other, expected)
-            else:
-                (found,), share = run(config(training, MESHES[name]), batch)
-                report[f"{training} {name}"] = differences(found, expected) | {"share": share}
+    alone, frozen, _ = compiled(config("bidirectional", MESHES["fsdp 8"]), placed=False)
+    matrices = [math.prod(x.shape[-2:]) for x in jax.tree.leaves(frozen["student"])]
+    report = {"streaming": streaming(), "left alone": gathered(alone["student"]), "matrix": max(matrices)}
+    report["latents"] = batch_of(config("tf", {}))["latents"].size
+    for training, names in ({name: tuple(MESHES) for name in TRAINING} if words == ["all"] else QUICK).items():
+        for row, found in compare(training, names):
+            report[row] = found
+            if words:
+                print(row, found, file=sys.stderr, flush=True)
     print(json.dumps(report))
 
 

@@ -361,7 +361,7 @@ class WanTransformer:
 
     def _block_of(self, params) -> Block:
         """The layer of one slice of the blocks; called within it, so that the backward pass gathers weights again."""
-        return nnx.merge(self._block, self.placement.gather(params, "blocks", jnp.dtype(self.config.dtype)))
+        return nnx.merge(self._block, self.placement.gather(params, "blocks/0", jnp.dtype(self.config.dtype)))
 
     def _embedded(self, outside: Outside, cond: Condition):
         return jax.tree.map(self.placement.samples, outside.embed(cond))
