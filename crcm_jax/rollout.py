@@ -49,8 +49,9 @@ def _frames_first(x):
     return jnp.moveaxis(x, 1, 0)
 
 
-def last_step(network: Network, params, x, t, cond: Condition, cache: Cache, chunk):
-    """The x0 prediction of a chunk at time t (scalar), seeing the cached chunks before it."""
+def last_step(network: Network, params, x, t, cond: Condition, cache: Cache, chunk=None):
+    """The x0 prediction of a chunk, or of every chunk where None is named, at time t (scalar, or one a frame), seeing
+    the cached chunks before it."""
     times = jnp.broadcast_to(t, (1, x.shape[1]))
     return flow.to_clean(x, network.velocity(params, x, times, cond, cache=cache, chunk=chunk), times)
 
@@ -103,27 +104,36 @@ def rollout(network: Network, params, cond: Condition, key, plan: StepPlan, step
     return Rollout(back(samples), back(inputs), times, cache)
 
 
-def replay(network: Network, params, cond: Condition, done: Rollout, target, weights, chunks: ChunkPattern):
-    """Σ_b weights_b·Σ(x0_b − target)² and its gradient, one chunk's last step at a time (spec 4.5, replayed).
+def replay(
+    network: Network, params, cond: Condition, done: Rollout, target, weights, chunks: ChunkPattern, *,
+    at_once: bool = False,
+):  # fmt: skip
+    """Σ_b weights_b·Σ(x0_b − target)² and its gradient, from the chunks' last steps (spec 4.5, replayed).
 
-    Equal to differentiating the rollout, since its chunks are gradient-independent, with the memory of one chunk.
+    Equal to differentiating the rollout, since its chunks are gradient-independent, with the memory of one chunk; or
+    `at_once`, with all chunks in one pass against the rollout's cache: faster, with the activations of a whole clip.
     Returns (squared error per sample `[batch]`, gradient). A sample of weight zero contributes nothing.
     """
-    frames = target.shape[1]
     keep = weights > 0
 
-    def body(carry, chunk, xs):
-        x, goal, times = jnp.moveaxis(xs[0], 0, 1), jnp.moveaxis(xs[1], 0, 1), xs[2]
-
+    def gradient(x, goal, times, chunk=None):
         def loss(params):
-            x0 = last_step(network, params, x, times[0], cond, done.cache, chunk)
+            x0 = last_step(network, params, x, times, cond, done.cache, chunk)
             error = jnp.sum(jnp.square(x0 - goal), tuple(range(1, x0.ndim)))
             return jnp.sum(jnp.where(keep, weights * error, 0.0)), error
 
         grads, error = jax.grad(loss, has_aux=True)(params)
-        return jax.tree.map(jnp.add, carry, (error, grads)), jnp.zeros(x.shape[1])
+        return error, grads
 
-    first = lambda x: jnp.moveaxis(x, 1, 0)  # noqa: E731
-    zero = (jnp.zeros(target.shape[0]), jax.tree.map(jnp.zeros_like, params))
-    (error, grads), _ = over_chunks(chunks, frames, body, zero, (first(done.inputs), first(target), done.times))
-    return error, grads
+    if at_once:
+        return gradient(done.inputs, target, done.times)
+
+    def body(carry, chunk, xs):
+        found = gradient(jnp.moveaxis(xs[0], 0, 1), jnp.moveaxis(xs[1], 0, 1), xs[2][0], chunk)
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, found), jnp.zeros(len(xs[2]))
+
+    # Sums over chunks in float32: narrower ones would lose the small chunks' share.
+    wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+    zero = jnp.zeros(target.shape[0], target.dtype), jax.tree.map(wide, params)
+    xs = _frames_first(done.inputs), _frames_first(target), done.times
+    return over_chunks(chunks, target.shape[1], body, zero, xs)[0]

@@ -1,5 +1,7 @@
 """Self-forcing: what each chunk is generated from, what is cached of it, and that replaying is differentiating."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,14 +162,15 @@ def test_replaying_is_differentiating(x64):
         grads, aux = jax.grad(loss, has_aux=True)(params)
         return aux, grads
 
-    @tiny.jit
-    def replayed(params, updates):
-        return sf_dmd_replayed(student, params, batch, cond, key, weights, updates=updates, **options)
+    @functools.partial(tiny.jit, static_argnums=2)
+    def replayed(params, updates, at_once):
+        arguments = options | {"updates": updates, "at_once": at_once}
+        return sf_dmd_replayed(student, params, batch, cond, key, weights, **arguments)
 
     norms = []
-    for updates in (0, 3):
+    for updates, at_once in ((0, False), (3, False), (3, True)):
         (losses, metrics), grads = direct(params, updates)
-        (other, _), others = replayed(params, updates)
+        (other, _), others = replayed(params, updates, at_once)
         np.testing.assert_allclose(losses, other, rtol=1e-12)
         # The loss is ‖G‖²·scale: x − (x − G).
         np.testing.assert_allclose(losses, 0.7 * metrics["dmd_norm"] ** 2, rtol=1e-9)

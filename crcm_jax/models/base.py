@@ -56,6 +56,7 @@ class Network(Protocol):
           and earlier chunks.
         * `context=(c, t_c)`: teacher forcing; chunk i of x attends to itself and to chunks < i of c.
         * `cache, chunk`: x is chunk `chunk` of a clip and attends to itself and to the cached chunks before it.
+        * `cache` alone: x is a whole clip; each of its chunks attends to itself and to the cached chunks before it.
         """
 
     def append(

@@ -63,8 +63,10 @@ def sf_dmd_replayed(
     network: Network, params, batch, cond: Condition, key, weights, *,
     scores: Scores, uncond, updates, plan: StepPlan, chunks: ChunkPattern,
     times: flow.TimeDistribution = flow.UniformShift(5.0), guidance: float = 5.0, scale: float = 1.0,
+    at_once: bool = False,
 ):  # fmt: skip
-    """The same losses with their gradient, from a rollout without gradients and a replay of its last steps.
+    """The same losses with their gradient, from a rollout without gradients and a replay of its last steps, chunk by
+    chunk or all `at_once`.
 
     Returns ((losses `[batch]`, metrics), gradient of Σ_b weights_b·losses_b).
     """
@@ -72,7 +74,7 @@ def sf_dmd_replayed(
     steps = plan.simulated_steps(updates)
     done = rollout(network, params, cond, rollout_key, plan, steps, batch["latents"].shape, chunks)
     target, norm = dmd_target(done.samples, score_key, scores, cond, uncond, times=times, guidance=guidance)
-    error, grads = replay(network, params, cond, done, target, scale * weights, chunks)
+    error, grads = replay(network, params, cond, done, target, scale * weights, chunks, at_once=at_once)
     return (scale * error, {"dmd_norm": norm, "steps": steps}), grads
 
 

@@ -319,9 +319,10 @@ class WanTransformer:
         if self.chunks is None:
             raise ValueError("a cache needs a causal network: give WanTransformer a ChunkPattern")
         tokens = self._tokens_per_frame(x)
-        start = self.chunks.start(chunk)
+        # Without a chunk, each of a whole clip: a target whose clean context has been through the layers already.
+        start = 0 if chunk is None else self.chunks.start(chunk)
         stop = start * tokens
-        mask = self._cached_mask(chunk, tokens)
+        mask = TeacherForcing(**self._units(tokens)) if chunk is None else self._cached_mask(chunk, tokens)
         outside = self._outside_of(params)
         prepared = cond.sources if isinstance(cond, Prepared) else None
         text, image = self._embedded(outside, cond) if prepared is None else (None, None)
@@ -380,7 +381,8 @@ class WanTransformer:
         layer = remat(layer, self.config.remat, gathers=self.placement.gathers)
         if not self.apart:
             return jax.lax.scan(layer, carry, xs)
-        ys = []
+        # Traced and lowered once: kernels' lowering is what takes long.
+        ys, layer = [], jax.jit(layer)
         for i in range(self.config.layers):
             carry, y = layer(carry, _entry(xs, i))
             ys.append(y)
