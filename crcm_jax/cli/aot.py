@@ -9,7 +9,7 @@ from crcm_jax.cli import train
 from crcm_jax.errors import UsageError, UserError, blame_config
 
 HELP = "compile the train step for a TPU slice, or cut it up for GPUs, on any machine, and say what it needs"
-EXAMPLE = "crcm aot --config=configs/wan_shapes.py:tf_scm --topology=v5p:2x2x1 --config.mesh.fsdp=4"
+EXAMPLE = "crcm aot --config=configs/wan2_1.py:tf,14b --topology=v5p:2x4x4 --config.mesh.fsdp=4 --config.mesh.context=8"
 
 _USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--config.KEY=VALUE …] [--row]
 

@@ -178,8 +178,8 @@ def _inputs(config: ConfigDict, algorithm: Algorithm, mesh: Mesh) -> Inputs:
             lambda key: jax.tree.map(lambda x: x.astype(dtype), build.network(config, role).init(key)), key
         )
 
-    text = build.text_encoder(config)([""])
-    others = {"uncond": jax.ShapeDtypeStruct(text.shape, text.dtype), **{role: tree(role) for role in algorithm.reads}}
+    text = config.text.length, config.model.text_dim
+    others = {"uncond": jax.ShapeDtypeStruct((1, *text), jnp.float32), **{role: tree(role) for role in algorithm.reads}}
     optimizer, critic_optimizer = _optimizers(config, algorithm)
     critic = None if algorithm.critic is None else tree("critic")
     state = jax.eval_shape(
@@ -189,7 +189,7 @@ def _inputs(config: ConfigDict, algorithm: Algorithm, mesh: Mesh) -> Inputs:
     size, cut = config.data.batch_size, meshes.samples(mesh)
     batch = {
         "latents": jax.ShapeDtypeStruct((size, *latents), jnp.float32, sharding=cut),
-        "text": jax.ShapeDtypeStruct((size, *text.shape[1:]), jnp.float32, sharding=cut),
+        "text": jax.ShapeDtypeStruct((size, *text), jnp.float32, sharding=cut),
     }
     return Inputs(rules.abstract(state, mesh), rules.abstract(others, mesh), batch)
 

@@ -59,7 +59,7 @@ def collectives(text: str, devices: int, speed: Speed, counted: int = 1) -> list
 
     A loop's body counts as often as the loop says that it runs (a count to a constant, as scans have); `counted` times
     where it counts to a number known only when it runs; and once where its end is something else. Both branches of a
-    conditional count. An all-to-all or reduce-scatter that XLA spells with others counts as what it is spelt with.
+    conditional count. An all-to-all that XLA spells with others counts as what it is spelt with.
     Seconds are those of the bytes alone, one collective after another.
     """
     found, called, entry = _read(text, devices, counted)
@@ -109,8 +109,10 @@ def _read(text: str, devices: int, counted: int):
             continue
         match = _COLLECTIVE.search(line)
         if match:
-            size = _result_bytes(match[1], started=bool(match[3]))
-            found[here].append(_Instruction(match[2], size, _group(line, devices)))
+            kind, size, group = match[2], _result_bytes(match[1], started=bool(match[3])), _group(line, devices)
+            if here.startswith("all-reduce-scatter"):  # how TPU programs spell it: of the sum each keeps its own part
+                kind, size = "reduce-scatter", size // len(group)
+            found[here].append(_Instruction(kind, size, group))
         constants |= {name: int(value) for name, value in _CONSTANT.findall(line)}
         below = _BELOW.search(line)
         if below:
