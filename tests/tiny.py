@@ -8,22 +8,27 @@ import numpy as np
 from crcm_jax.models.base import Condition
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer
+from crcm_jax.parallel.mesh import AXES
+from crcm_jax.parallel.placement import ONE_DEVICE, Placement
 
 HEIGHT, WIDTH, CHANNELS = 4, 6, 3
 """Latents of 2×3 patches: unequal sides and a third channel, so that no two axes can be mistaken for each other."""
 
 
+CUT = Placement(jax.sharding.AbstractMesh((2, 1, 2, 1), AXES))
+"""Samples and tokens cut in two, on devices that need not be there: for programs that are only looked at."""
+
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """At these sizes the time goes into compiling, not into running: leave LLVM's optimisations out."""
 
 
-def wan(chunks=None, dtype="float32", **changes) -> WanTransformer:
+def wan(chunks=None, dtype="float32", placement=ONE_DEVICE, **changes) -> WanTransformer:
     """A transformer of two layers and width 24."""
     sizes = {
         **{"dim": 24, "ffn_dim": 32, "heads": 2, "layers": 2, "freq_dim": 16, "text_dim": 8},
         **{"in_channels": CHANNELS, "out_channels": CHANNELS, "round_time": False, "remat": "none"},
     }
-    return WanTransformer(WanConfig(**{**sizes, **changes}, dtype=dtype), chunks)
+    return WanTransformer(WanConfig(**{**sizes, **changes}, dtype=dtype), chunks, placement)
 
 
 def parameters(network, seed=0, dtype=np.float32):

@@ -141,9 +141,10 @@ def test_the_context_costs_no_tangent_work(remat):
     assert tangent_work(network, params, x, t, context, dx, cond, move_context=True) > 1.7 * expected
 
 
-def test_attention_sees_no_tangent_of_the_context(monkeypatch):
+@pytest.mark.parametrize("placement", [tiny.ONE_DEVICE, tiny.CUT], ids=["one", "cut"])
+def test_attention_sees_no_tangent_of_the_context(monkeypatch, placement):
     """The tiled backend is told, while tracing, which tangents there are: none of the context, none of the text."""
-    network = tiny.wan(PATTERN, attention="chunked")
+    network = tiny.wan(PATTERN, attention="chunked", placement=placement)
     params = tiny.parameters(network)
     x, t, context, dx, cond = problem(np.float32)
     seen = []
@@ -156,7 +157,9 @@ def test_attention_sees_no_tangent_of_the_context(monkeypatch):
                 return original(q, segments, scale, *rest)
 
             monkeypatch.setattr(chunked, name, spy)
-    jax.make_jaxpr(tangent_of(network, params, context, cond))(x, t, dx)
+    program = str(jax.make_jaxpr(tangent_of(network, params, context, cond))(x, t, dx))
+    # Queries, keys, values and outputs, of the context, of the target and of the target's tangent.
+    assert program.count(" all_to_all[") == (12 if placement is tiny.CUT else 0)
     own_and_context = (2, True, [(True, True), (False, False)])
     text = (1, True, [(False, False)])
     assert own_and_context in seen and text in seen
