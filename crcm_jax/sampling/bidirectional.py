@@ -181,15 +181,22 @@ def denoise_whole(
     noise: `[batch, frame, height, width, channel]`, unit variance; times: for example `teacher_times()`; guidance: as
     in `models.guidance`. One program, called once a step. ValueError for an unknown solver.
     """
-    state = _steps(solver, times).begin(noise)
+    where = jnp.asarray(noise).sharding
+    state = jax.device_put(_steps(solver, times).begin(noise), where)
+    step = _program(network, tuple(times), solver, guidance, where)
     for i in range(len(times) - 1):
-        state = _step(network, tuple(times), solver, guidance, params, cond, uncond, i, state)
+        state = step(params, cond, uncond, i, state)
         yield state[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _step(network, times, solver, guidance, params, cond, uncond, i, state):
-    return _steps(solver, times).step(_velocity(network, params, cond, uncond, guidance), i, state)
+@functools.lru_cache(maxsize=8)
+def _program(network, times, solver, guidance, where):
+    """One step. Its state stays where it is: left to the compiler it would move, and be another program's input."""
+
+    def step(params, cond, uncond, i, state):
+        return _steps(solver, times).step(_velocity(network, params, cond, uncond, guidance), i, state)
+
+    return jax.jit(step, out_shardings=where)
 
 
 def _velocity(network, params, cond, uncond, guidance) -> Velocity:

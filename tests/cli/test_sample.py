@@ -6,7 +6,9 @@ import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
+import small_release
 import tiny
+from small_release import SMALL, SMALL_I2V
 
 from configs.digits import get_config
 from crcm_jax import build
@@ -16,33 +18,12 @@ from crcm_jax.evaluate.producer import clip_noise
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
 from crcm_jax.models.wan import library
-from crcm_jax.models.wan.clip import CLIPVision, CLIPVisionConfig
-from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.models.wan.clip import CLIPVision
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
 from crcm_jax.sampling import Few, Ode, Whole, generate_whole, teacher_times
 from crcm_jax.schedule import MID_TIMES, StepPlan
 from crcm_jax.train.identity import as_json
 from crcm_jax.train.weights import save_params
-
-SMALL = library.Release(
-    WanConfig(dim=24, ffn_dim=32, heads=2, layers=2, freq_dim=16, text_dim=16, dtype="float32", remat="none"),
-    WanVAEConfig.wan21(
-        encoder_dim=8, decoder_dim=8, multipliers=(1, 1, 1), temporal=(True, True), blocks=1, dtype="float32"
-    ),
-    UMT5Config(vocabulary=60, dim=16, heads=2, head_dim=8, ffn_dim=24, layers=1, dtype="float32"),
-    tokens=12,
-)
-"""The published model's parts, small: 4 pixels and 4 frames a latent one, so that 9 frames are 3 latent ones."""
-
-SMALL_I2V = dataclasses.replace(
-    SMALL,
-    transformer=dataclasses.replace(SMALL.transformer, in_channels=36, image_dim=10),
-    image=CLIPVisionConfig(dim=10, ffn_dim=12, heads=2, layers=2, image=8, patch=4, projection=3),
-)
-"""The image-to-video model's, small."""
 
 SIZE = ["--size=16x24", "--frames=9"]
 
@@ -61,25 +42,7 @@ def small_model():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder as `crcm convert` and a tokenizer make it."""
-    pytest.importorskip("ftfy", reason="needs ftfy (pip install -e .[text])")
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers (pip install -e .[text])")
-    folder = tmp_path_factory.mktemp("weights")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"
-    )
-    tokenizer.train_from_iterator(["a cat walks over the street", "a dog sees a ball"] * 20, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    parts = {
-        "transformer": WanTransformer(SMALL.transformer),
-        "vae": WanVAE(SMALL.vae),
-        "text_encoder": UMT5Encoder(SMALL.text),
-    }
-    for seed, (name, network) in enumerate(parts.items()):
-        save_params(folder / f"{name}.safetensors", tiny.parameters(network, seed), {})
-    return folder
+    return small_release.write(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,8 @@ def test_guidance_over_a_network():
         # The same, step by step: after each, one more of the times is behind.
         steps = list(denoise_whole(network, jnp.float32(1), cond, NOISE, **view))
         assert len(steps) == 4 and relative(steps[-1], np.asarray(found)) <= BOUND
+        program = bidirectional._program(network, times, solver, 3.0, steps[-1].sharding)
+        assert program._cache_size() == 1  # compiled once for all steps
         assert min(relative(a, np.asarray(b)) for a, b in zip(steps, steps[1:])) > 1e-2
     with pytest.raises(ValueError, match="is not one of unipc, euler"):
         generate_whole(network, jnp.float32(1), cond, NOISE, times=times, solver="heun")
