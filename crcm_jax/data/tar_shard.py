@@ -39,15 +39,19 @@ class TarShard:
         """What messages call an example."""
         return f"{self.keys[index]} of {self.path}"
 
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """(offset, bytes) of an example's members."""
+        return [(offset, length) for offset, length in self._spans[index].tolist()]
+
     def read(self, index: int) -> Example:
         """DamagedExample where a member is not what it should be."""
-        name, spans = self.name(index), self._spans[index]
+        name, spans = self.name(index), self.spans(index)
         try:
             with open(self.path, "rb", buffering=0) as file:
-                latents, text, prompt = (_read(file, *span) for span in spans.tolist())
+                latents, text, prompt = (_read(file, *span) for span in spans)
         except OSError as error:
             raise DamagedExample(f"{name} cannot be read: {error}") from None
-        if sum(map(len, (latents, text, prompt))) != spans[:, 1].sum():
+        if sum(map(len, (latents, text, prompt))) != sum(length for _, length in spans):
             raise DamagedExample(f"{name} is cut off: the file became shorter")
         try:
             latents, text = (
@@ -62,8 +66,9 @@ class TarShard:
 
 
 def scan(path: Path) -> dict[str, Any]:
-    """A tar's table of contents, as JSON: `keys` of its whole examples, `spans`, the (offset, bytes) of their members,
-    and `flaws`, what else is wrong with the file, a few words each. Reads headers alone."""
+    """A tar's table of contents, as JSON: `keys` of its whole examples, `spans`, offset and bytes of their members one
+    after the other (flat: it is read at each start), and `flaws`, what else is wrong with the file, a few words each.
+    Reads headers alone."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     flaws, size = [], path.stat().st_size
     end = 0
@@ -90,7 +95,7 @@ def scan(path: Path) -> dict[str, Any]:
             flaws.append(f"has no {' and no '.join(lacking)} of {key}")
         else:
             keys.append(key)
-            spans.append([parts.get(part, (0, 0)) for part in _PARTS])
+            spans += [number for part in _PARTS for number in parts.get(part, (0, 0))]
     return {"keys": keys, "spans": spans, "flaws": flaws}
 
 
@@ -127,8 +132,9 @@ class TarWriter:
             except DamagedExample:
                 break
             self.keys.add(key)
-            end = max(offset + -(-length // _BLOCK) * _BLOCK for offset, length in table["spans"][index])
+            end = max(offset + -(-length // _BLOCK) * _BLOCK for offset, length in shard.spans(index))
         self._file.truncate(end)
+        self._file.seek(end)
 
     def write(self, example: Example) -> None:
         """Appends an example; it is on the disk when `sync` returns."""
