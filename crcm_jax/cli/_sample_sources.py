@@ -32,6 +32,7 @@ from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.parallel import rules
 from crcm_jax.parallel.placement import Placement
 from crcm_jax.sampling import Few, Ode, Whole
+from crcm_jax.train.weights import load_meta
 
 SIZE = (832, 480)
 """Width and height of a published model's clip; with an image, its proportions at this area."""
@@ -71,7 +72,12 @@ class Source:
 
 
 def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
-    """A run's own model. UserError for a bad checkpoint or schedule."""
+    """A run's own model. UserError for a bad checkpoint or schedule, and a model whose codec has weights of its own."""
+    if ((load_meta(options.checkpoint).get("config") or {}).get("codec") or {}).get("name") == "wan_vae":
+        raise UserError(
+            f"{options.checkpoint} is a Wan transformer alone: write it with crcm convert --layout=ours as "
+            "transformer.safetensors beside the VAE and the text encoder, and use --model and --weights"
+        )
     config, params, meta = producer.load(options.checkpoint, options.which, causal=False)
     solver, guidance = solvers.choose(options, {**meta, "training": config.training, "config": config})
     chunks = None if isinstance(solver, Whole) else build.chunk_pattern(config)

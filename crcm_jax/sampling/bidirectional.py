@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crcm_jax import flow
+from crcm_jax import compiler, flow
 from crcm_jax.models.base import Condition, Network
 from crcm_jax.models.guidance import guided_velocity
 from crcm_jax.schedule import decreasing, multi_step
@@ -196,7 +196,7 @@ def _program(network, times, solver, guidance, where):
     def step(params, cond, uncond, i, state):
         return _steps(solver, times).step(_velocity(network, params, cond, uncond, guidance), i, state)
 
-    return jax.jit(step, out_shardings=where)
+    return jax.jit(step, out_shardings=where, compiler_options=compiler.options())
 
 
 def _velocity(network, params, cond, uncond, guidance) -> Velocity:

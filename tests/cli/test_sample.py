@@ -140,6 +140,13 @@ def test_a_run(run, tmp_path, capsys):
     assert len(frames) == 9 and frames.shape[1] == 2 * frames.shape[2]  # one above the other
 
 
+def test_a_run_without_its_autoencoder(tmp_path):
+    config = {"codec": {"name": "wan_vae"}}
+    save_params(tmp_path / "a.safetensors", {"w": np.ones(3)}, {"training": "sf_dmd", "config": config})
+    with pytest.raises(UserError, match="crcm convert --layout=ours as transformer"):
+        sample.main([f"--checkpoint={tmp_path / 'a.safetensors'}", "--prompt=a"])
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
