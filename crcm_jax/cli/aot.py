@@ -11,7 +11,7 @@ from crcm_jax.errors import UsageError, UserError, blame_config
 HELP = "compile the train step for a TPU slice, or cut it up for GPUs, on any machine, and say what it needs"
 EXAMPLE = "crcm aot --config=configs/wan2_1.py:tf,14b --topology=v5p:2x4x4 --config.mesh.fsdp=4 --config.mesh.context=8"
 
-_USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--config.KEY=VALUE …] [--row]
+_USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--config.KEY=VALUE …] [--trace] [--row]
 
 {HELP[0].upper()}{HELP[1:]}.
 Nothing runs and no weights are needed.
@@ -20,6 +20,7 @@ Nothing runs and no weights are needed.
   --topology   v5e:4x4, v5p:2x2x1, v6e:16x16, tpu7x:2x2x1, …: the generation and the chips along each side; compiled by
                the libtpu wheel. h200:8, h100:8x4: GPUs in a machine, and machines; the program is cut up, not compiled
   --config.mesh.{{data,fsdp,context,tensor}}   how the devices are used; the product is their number
+  --trace      stop before the compiler, which takes minutes: weights and work are known by then
   --row        print a row of a Markdown table in place of the report
 
 for example:
@@ -39,9 +40,10 @@ _MESH = "--config.mesh."
 _GIB = 1 << 30
 
 COLUMNS = (
-    "configuration", "topology", "mesh", "batch", "step", "GiB a device", "TFLOP a device", "all-gather, GB",
+    "configuration", "topology", "mesh", "batch", "step", "kept, GiB", "peak, GiB", "TFLOP", "all-gather, GB",
     "reduce, GB", "all-to-all, GB", "largest gather / layer, MB", "matrix units, s", "links, s", "compiled in, s",
 )  # fmt: skip
+"""Of `--row`. Bytes and TFLOP are those of one device."""
 
 
 def parse(argv: list[str]):
@@ -75,8 +77,8 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help", "-help") for word in argv):
         print(_USAGE)
         return 0
-    as_row = "--row" in argv
-    config, topology, name = parse([word for word in argv if word != "--row"])
+    switches = {word for word in argv if word in ("--trace", "--row")}
+    config, topology, name = parse([word for word in argv if word not in switches])
     os.environ.update(_ENVIRONMENT)
 
     # Only now: a wrong command line is answered at once, and libtpu reads its environment when JAX loads.
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> int:
         run = ahead.prepare(config, target)
     mesh, room = meshes.describe(tuple(run.mesh.shape.values())), target.chip.hbm
     kept = plan.of_state(run.inputs.state, run.inputs.others)
-    if not as_row:
+    if "--row" not in switches:
         print(f"{topology}: {len(target.devices)} × {target.chip.kind}, {room / _GIB:.0f} GiB each; {mesh}")
         for line in ahead.undivided(run):
             print(line)
@@ -100,56 +102,71 @@ def main(argv: list[str]) -> int:
         raise UserError(lack)
     layer = ahead.layer_bytes(run.inputs)
     for player in ("student",) if run.algorithm.critic is None else ("student", "critic"):
-        step = ahead.compile_step(run, player)
-        if as_row:
-            print(_row((name, topology, mesh, str(config.data.batch_size)), step, layer), flush=True)
+        traced = ahead.trace_step(run, player)
+        compiled = None if "--trace" in switches else ahead.compile_step(run, traced)
+        if "--row" in switches:
+            names = name, topology, mesh, str(config.data.batch_size), player, f"{sum(kept.values()) / _GIB:.1f}"
+            print(_row(names, traced, compiled, layer), flush=True)
         else:
-            print(_report(step, target, layer), flush=True)
+            print(_report(traced, compiled, target, layer), flush=True)
     return 0
 
 
-def _report(step, target, layer: int) -> str:
-    """What is known of a compiled step, in lines."""
+def _report(traced, compiled, target, layer: int) -> str:
+    """What is known of a step, in lines."""
+    matrix = traced.compute_seconds
+    lines = [
+        f"{traced.player}'s step, traced in {traced.seconds:.0f} s:",
+        f"  {traced.flops / 1e12:.4g} TFLOP of matrix products on each device, {matrix:.3g} s at its peak",
+    ]
+    if compiled is None:
+        return "\n".join(lines)
+    links = compiled.link_seconds
     room, how = target.chip.hbm, "compiled" if target.on_chip else "cut up on CPU devices"
     memory = "memory beyond the above is not known: that takes the compiler for these GPUs"
     if target.on_chip:
+        held, peak = compiled.arguments / _GIB, compiled.peak / _GIB
         memory = (
-            f"{step.peak / _GIB:.2f} of {room / _GIB:.0f} GiB on each device ({100 * step.peak / room:.0f} %): "
-            f"{step.arguments / _GIB:.2f} state and batch, {(step.peak - step.arguments) / _GIB:.2f} temporary"
+            f"{peak:.2f} of {room / _GIB:.0f} GiB on each device ({100 * compiled.peak / room:.0f} %): "
+            f"{held:.2f} state and batch, {peak - held:.2f} temporary"
         )
-    gather = "no more" if step.largest_gather <= layer else "MORE"
-    matrix, links = step.compute_seconds, step.link_seconds
-    return "\n".join([
-        f"{step.player}'s step, traced in {step.trace_seconds:.0f} s, {how} in {step.compile_seconds:.0f} s, not run:",
+    gather = "no more" if compiled.largest_gather <= layer else "MORE"
+    lines += [
+        f"  {how} in {compiled.seconds:.0f} s, not run",
         f"  {memory}",
-        f"  {step.flops / 1e12:.4g} TFLOP of matrix products on each device",
         "  collectives         in the program   runs a step   GB a step   largest, MB    sent, GB",
-        *(
-            f"    {c.kind:<20} {c.instructions:>11} {c.runs:>13} {c.bytes / 1e9:>11.3f} {c.largest / 1e6:>13.1f} "
-            f"{c.sent / 1e9:>11.3f}"
-            for c in step.collectives
-        ),
-        f"  largest all-gather {step.largest_gather / 1e6:.1f} MB: {gather} than a layer's parameters, "
+    ]
+    lines += [
+        f"    {c.kind:<20} {c.instructions:>11} {c.runs:>13} {c.bytes / 1e9:>11.3f} {c.largest / 1e6:>13.1f} "
+        f"{c.sent / 1e9:>11.3f}"
+        for c in compiled.collectives
+    ] or ["    none"]
+    lines += [
+        f"  largest all-gather {compiled.largest_gather / 1e6:.1f} MB: {gather} than a layer's parameters, "
         f"{layer / 1e6:.1f} MB",
         f"  roofline: {max(matrix, links):.3g} s if everything overlaps, {matrix + links:.3g} s if nothing does "
         f"(matrix units {matrix:.3g} s, links {links:.3g} s, at their peaks; docs/aot.md says what that leaves out)",
-    ])  # fmt: skip
-
-
-def _row(names: tuple[str, ...], step, layer: int) -> str:
-    """The cells of `COLUMNS`."""
-    moved = {c.kind: c.bytes / 1e9 for c in step.collectives}
-    cells = [
-        *names,
-        step.player,
-        f"{step.peak / _GIB:.1f}" if step.peak else "–",
-        f"{step.flops / 1e12:.0f}",
-        f"{moved.get('all-gather', 0):.1f}",
-        f"{moved.get('all-reduce', 0) + moved.get('reduce-scatter', 0):.1f}",
-        f"{moved.get('all-to-all', 0):.1f}",
-        f"{step.largest_gather / 1e6:.0f} / {layer / 1e6:.0f}",
-        f"{step.compute_seconds:.2f}",
-        f"{step.link_seconds:.2f}",
-        f"{step.trace_seconds + step.compile_seconds:.0f}",
     ]
+    return "\n".join(lines)
+
+
+def _row(names: tuple[str, ...], traced, compiled, layer: int) -> str:
+    """The cells of `COLUMNS`; those that only a compiler knows are – without one."""
+    known = {
+        "TFLOP": f"{traced.flops / 1e12:.4g}",
+        "matrix units, s": f"{traced.compute_seconds:.3g}",
+    }
+    if compiled is not None:
+        moved = {c.kind: c.bytes / 1e9 for c in compiled.collectives}
+        known |= {
+            "all-gather, GB": f"{moved.get('all-gather', 0):.3g}",
+            "reduce, GB": f"{moved.get('all-reduce', 0) + moved.get('reduce-scatter', 0):.3g}",
+            "all-to-all, GB": f"{moved.get('all-to-all', 0):.3g}",
+            "largest gather / layer, MB": f"{compiled.largest_gather / 1e6:.3g} / {layer / 1e6:.3g}",
+            "links, s": f"{compiled.link_seconds:.3g}",
+            "compiled in, s": f"{compiled.seconds:.0f}",
+        }
+        if compiled.peak:
+            known["peak, GiB"] = f"{compiled.peak / _GIB:.3g}"
+    cells = [*names, *(known.get(column, "–") for column in COLUMNS[len(names) :])]
     return "| " + " | ".join(cells) + " |"

@@ -58,21 +58,28 @@ class Run(NamedTuple):
     inputs: Inputs
 
 
-class Compiled(NamedTuple):
-    """One player's step. Bytes are those on one device."""
+class Traced(NamedTuple):
+    """One player's step before compilation."""
 
     player: str
-    trace_seconds: float
-    compile_seconds: float
-    arguments: int
-    """State and frozen trees: what `plan` counts, padded as the chip lays arrays out. As `peak`, 0 if not on chip."""
-    peak: int
-    """Arguments, activations, gradients, buffers of communication, and the program itself."""
+    program: Any
+    """`jax.stages.Traced`."""
+    seconds: float
     flops: float
     """Of matrix products, the whole step's over the number of devices."""
-    collectives: list[hlo.Collective]
     compute_seconds: float
     """`flops` at the chip's peak."""
+
+
+class Compiled(NamedTuple):
+    """One player's step. Bytes are those on one device; 0 where it was not compiled for the chip."""
+
+    seconds: float
+    arguments: int
+    """State and frozen trees: what `plan` counts, padded as the chip lays arrays out."""
+    peak: int
+    """Arguments, activations, gradients, buffers of communication, and the program itself."""
+    collectives: list[hlo.Collective]
 
     @property
     def link_seconds(self) -> float:
@@ -125,18 +132,26 @@ def prepare(config: ConfigDict, target: Target) -> Run:
     return Run(config, target, mesh, algorithm, _inputs(config, algorithm, mesh))
 
 
-def compile_step(run: Run, player: str) -> Compiled:
-    """Compiles the step of `player`, "student" or "critic".
+def trace_step(run: Run, player: str) -> Traced:
+    """Traces the step of `player`, "student" or "critic", and counts its work."""
+    began = time.perf_counter()
+    program = _trace(run, run.algorithm, player)
+    seconds = time.perf_counter() - began
+    counted = program
+    if run.config.model.get("attention") != "mosaic_tpu":
+        # Kernels say what they cost; other attention hides it in loops over tiles.
+        in_kernels = build.algorithm(_with_attention(run.config, "mosaic_tpu"), run.mesh)
+        counted = _trace(run, in_kernels, player)
+    work = flops.matmul_flops(counted.jaxpr.jaxpr, _rolls(run)) / len(run.target.devices)
+    return Traced(player, program, seconds, work, work / run.target.chip.flops)
 
-    UserError if it needs more memory than a device has, by how much, and what to do.
-    """
+
+def compile_step(run: Run, step: Traced) -> Compiled:
+    """Compiles a traced step. UserError if it needs more memory than a device has, by how much, and what to do."""
     chip, devices = run.target.chip, len(run.target.devices)
     began = time.perf_counter()
-    traced = _trace(run, run.algorithm, player)
-    trace_seconds = time.perf_counter() - began
-    began = time.perf_counter()
-    compiled = _compile(run, traced, player)
-    compile_seconds = time.perf_counter() - began
+    compiled = _compile(run, step)
+    seconds = time.perf_counter() - began
     arguments = peak = 0
     if run.target.on_chip:
         memory = compiled.memory_analysis()
@@ -144,13 +159,9 @@ def compile_step(run: Run, player: str) -> Compiled:
         peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         if peak > chip.hbm:
-            raise UserError(_lack(run, player, peak, chip.hbm))
-    # A rollout's last step stands by itself; those before it are a loop up to a number that changes from step to step.
-    rolls = 1 if run.algorithm.critic is None else max(1, build.rollout_plan(run.config).steps[0] - 1)
-    work = flops.matmul_flops(_counted(run, player, traced).jaxpr.jaxpr, rolls) / devices
+            raise UserError(_lack(run, step.player, peak, chip.hbm))
     speed = functools.partial(chips.speed, chip, run.target.machine)
-    found = hlo.collectives(compiled.as_text(), devices, speed, rolls)
-    return Compiled(player, trace_seconds, compile_seconds, arguments, peak, work, found, work / chip.flops)
+    return Compiled(seconds, arguments, peak, hlo.collectives(compiled.as_text(), devices, speed, _rolls(run)))
 
 
 def layer_bytes(inputs: Inputs) -> int:
@@ -207,26 +218,25 @@ def _trace(run: Run, algorithm: Algorithm, player: str):
         return steps[player == "critic"].trace(*run.inputs)
 
 
-def _compile(run: Run, traced, player: str):
+def _compile(run: Run, step: Traced):
     if not run.target.on_chip:
         # Only how the program is cut up is of interest, not how well a CPU would run it.
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return traced.lower().compile(compiler_options=options)
+        return step.program.lower().compile(compiler_options=options)
     try:
-        return traced.lower(lowering_platforms=("tpu",)).compile()
+        return step.program.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
         if not used:
             raise
         need, has = (float(used[i]) * 1024 ** " KMGT".index(used[i + 1] or " ") for i in (1, 3))
-        raise UserError(_lack(run, player, need, has)) from error
+        raise UserError(_lack(run, step.player, need, has)) from error
 
 
-def _counted(run: Run, player: str, traced):
-    """The step with attention in kernels, which say what they cost; other attention hides it in loops over tiles."""
-    if run.config.model.get("attention") == "mosaic_tpu":
-        return traced
-    return _trace(run, build.algorithm(_with_attention(run.config, "mosaic_tpu"), run.mesh), player)
+def _rolls(run: Run) -> int:
+    """How often the loop runs over a rollout's steps, whose number changes from update to update, at most: the last
+    step stands by itself."""
+    return 1 if run.algorithm.critic is None else max(1, build.rollout_plan(run.config).steps[0] - 1)
 
 
 def _with_attention(config: ConfigDict, name: str) -> ConfigDict:
