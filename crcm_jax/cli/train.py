@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from crcm_jax.cli._parser import Parser
-from crcm_jax.errors import UsageError, blame_config
+from crcm_jax.errors import UsageError
 from crcm_jax.parallel.witness import Witness
 
 HELP = "train a model in a workdir, or go on where it stopped"
@@ -127,32 +127,29 @@ def main(argv: list[str]) -> int:
     # The data pipeline's worker processes ask for absl flags that somebody has parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    if together is None:
-        _train(config, workdir)
-    else:
-        _train_together(config, workdir, together)
+
+    def work():
+        # Only now: a wrong command line is answered at once, without waiting for JAX to load.
+        from crcm_jax.train.assemble import train
+
+        train(config, workdir)
+
+    work() if together is None else one_of_several(work, together)
     return 0
 
 
-def _train(config: ConfigDict, workdir: Path) -> None:
-    # Only now: a wrong command line is answered at once, without waiting for JAX to load.
-    from crcm_jax.evaluate.clips import training_clips
-    from crcm_jax.train.assemble import train
+def one_of_several(work: Callable[[], None], together: dict[str, Any]) -> None:
+    """Does `work` as one of the processes that `together` (of `parse_processes`) describes.
 
-    with blame_config():
-        sampler = training_clips(config)
-    train(config, workdir, sampler)
-
-
-def _train_together(config: ConfigDict, workdir: Path, together: dict[str, Any]) -> None:
-    """As one of several processes. Where this one cannot go on it ends, without waiting for those that may be gone."""
+    Where this one cannot go on, it says why and ends, without waiting for others that may be gone.
+    """
     index = together["index"]
     witness = Witness("?" if index is None else str(index))
     from crcm_jax.parallel import processes
 
     try:
         processes.join(**together)
-        _train(config, workdir)
+        work()
         processes.leave()
     except BaseException as error:
         code = processes.explain(error, index)

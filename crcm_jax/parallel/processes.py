@@ -72,8 +72,8 @@ def explain(error: BaseException, index: int | None) -> int:
     if isinstance(error, UserError):
         print(f"{me}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
-        print(f"{me}: {witness.LOST} ({str(error).splitlines()[0][:200]})", file=sys.stderr, flush=True)
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        print(f"{me}: {witness.LOST} ({str(error).splitlines()[0][:300]})", file=sys.stderr, flush=True)
         return UserError.exit_code
     print(f"{me}:", file=sys.stderr)
     traceback.print_exception(error)

@@ -20,6 +20,9 @@ LOST = "another process has ended or cannot be reached" + _GO_ON
 _RUNTIME = re.compile(rb"^[EF]\d{4} .*(coordination_service\w*\.cc|/?client\.h):\d+\]")
 """The runtime's last words: a process that has begun them does not go on."""
 
+HELD_BACK = 10
+"""Seconds in which a process that has begun them must end."""
+
 _MEANINGS = (
     (
         r"DEADLINE_EXCEEDED",
@@ -78,13 +81,20 @@ class Witness:
 
 
 def main(process: str, listening: int) -> None:
-    """Passes on what comes from `listening` until standard input is closed; speaks unless there was peace."""
+    """Passes on what comes from `listening` until standard input is closed; speaks unless there was peace.
+
+    What might be the runtime's last words is held back, until it turns out that they were not.
+    """
     life, rest, last, ending = sys.stdin.fileno(), b"", b"", None
     while True:
         # After the end, what is still in the pipe, without waiting for children of the process that hold it open.
-        ready = select.select([listening] if ending is not None else [listening, life], [], [], ending and 0)[0]
-        if ending is not None and not ready:
+        sources, patience = ([listening, life], HELD_BACK if last else None) if ending is None else ([listening], 0)
+        ready = select.select(sources, [], [], patience)[0]
+        if not ready and ending is not None:
             break
+        if not ready:
+            os.write(2, last + rest)
+            last = rest = b""
         if life in ready:
             ending = os.read(life, 16) or b"none"
         if listening in ready:
@@ -102,9 +112,7 @@ def main(process: str, listening: int) -> None:
             if not last and not re.match(rb"[EF]\d", rest):
                 os.write(2, rest)
                 rest = b""
-    if ending == b"peace":
-        os.write(2, last + rest)
-    else:
+    if ending != b"peace":
         os.write(2, f"\ncrcm [process {process}]: {meaning((last + rest).decode(errors='replace'))}\n".encode())
 
 

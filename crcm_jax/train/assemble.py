@@ -16,7 +16,7 @@ from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import processes, rules
 from crcm_jax.train import encoders
-from crcm_jax.train.loop import Initial, Sampler, run
+from crcm_jax.train.loop import Initial, run
 from crcm_jax.train.state import TrainState
 from crcm_jax.train.step import step_key
 from crcm_jax.train.weights import load_params
@@ -77,8 +77,8 @@ def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
     return Initial(student, critic, others)
 
 
-def train(config, workdir: str | Path, sampler: Sampler | None = None) -> TrainState:
-    """Assembles what `config` describes and runs it in `workdir`; see `run`. `sampler` writes clips as it goes."""
+def train(config, workdir: str | Path) -> TrainState:
+    """Assembles what `config` describes and runs it in `workdir`; see `run`."""
     with blame_config():
         mesh = meshes.make(config)
         algorithm = build.algorithm(config, mesh)
@@ -86,5 +86,6 @@ def train(config, workdir: str | Path, sampler: Sampler | None = None) -> TrainS
         params = encoders.codec_params(config, codec)
         rows = processes.rows(meshes.samples(mesh), config.data.batch_size)
         data = pipeline.make(config, codec=codec, codec_params=params, text_encoder=text_encoder, rows=rows)
+        sampler = training_clips(config)
     init = initial(config, algorithm, encoders.negative_embedding(config, text_encoder))
-    return run(config, workdir, algorithm=algorithm, data=data, init=init, sampler=training_clips(config))
+    return run(config, workdir, algorithm=algorithm, data=data, init=init, sampler=sampler)

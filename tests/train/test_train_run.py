@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_fakes as fakes
+from run_files import files_of, wait_for
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
@@ -35,25 +36,6 @@ def said(process) -> str:
     """What a finished process told the user, without its progress bar."""
     lines = process.communicate(timeout=120)[1].replace("\r", "\n").splitlines()
     return "\n".join(line for line in lines if line.startswith(("crcm:", "Traceback")))
-
-
-def wait_for(condition, process=None, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        assert process is None or process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-
-
-def files_of(workdir):
-    """Everything that must not depend on how often a run was interrupted: arrays, data position, log."""
-    config = json.loads((workdir / "config.json").read_text())
-    folder = storage.newest_whole(workdir / storage.FOLDER)
-    shapes = storage.stored_shapes(folder)
-    trees = storage.read_trees(folder, storage.abstract(shapes))
-    flat = {name: np.asarray(leaf).tobytes() for name, leaf in storage.leaves(trees)}
-    meta = json.loads((folder / "meta.json").read_text())
-    return config, flat, (folder / "data.json").read_text(), meta, (workdir / "metrics.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")

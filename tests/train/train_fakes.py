@@ -1,7 +1,8 @@
 """A world small enough to train in milliseconds, with everything that a real run has: two players, randomness, order.
 
-The network is x ↦ w·x + b on [batch, 4] vectors. Run as a program it trains like `crcm train` does:
-`python train_fakes.py WORKDIR [key=value …]`; beside the configuration: `delay` and `slow_save`, seconds.
+The network is x ↦ w·x + b on [batch, 4] vectors. Run as a program it trains like `crcm train` does, as one of several
+processes too: `python train_fakes.py WORKDIR [--coordinator=… --processes=… --process=…] [key=value …]`; beside the
+configuration: `delay` and `slow_save`, seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from crcm_jax.cli.train import one_of_several, parse_processes
 from crcm_jax.objectives.algorithm import Algorithm, gradient_of
+from crcm_jax.parallel import mesh as meshes
+from crcm_jax.parallel import processes
 from crcm_jax.train import loop
 
 DIM = 4
@@ -29,7 +33,7 @@ def config(**overrides) -> ConfigDict:
                              "grad_clip": 1.0},
             "ema": {"rate": 0.1},
             "train": {"steps": 12, "log_every": 3, "save_every": 4, "sample_every": 0, "keep": 2},
-            "sample": {"prompts": 1},
+            "sample": {"prompts": 1}, "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
         }
     )  # fmt: skip
     c.update_from_flattened_dict(overrides)
@@ -72,10 +76,11 @@ def initial(dtype=jnp.float32) -> loop.Initial:
 
 
 class Data:
-    """Endless batches that depend on the position alone; from `nan_from` on, every sample is NaN."""
+    """Endless batches that depend on the position alone; from `nan_from` on, every sample is NaN. `rows`: all but a few
+    are left out."""
 
-    def __init__(self, batch: int = 4, delay: float = 0.0, nan_from: int | None = None):
-        self.batch, self.delay, self.nan_from, self.position = batch, delay, nan_from, 0
+    def __init__(self, batch: int = 4, delay: float = 0.0, nan_from: int | None = None, rows=slice(None)):
+        self.batch, self.delay, self.nan_from, self.position, self.rows = batch, delay, nan_from, 0, rows
 
     def __iter__(self):
         return self
@@ -87,7 +92,7 @@ class Data:
         if self.nan_from is not None and self.position >= self.nan_from:
             latents[:] = np.nan
         self.position += 1
-        return {"latents": latents}
+        return {"latents": latents[self.rows]}
 
     def get_state(self):
         return {"position": self.position}
@@ -120,11 +125,17 @@ def slow_saves(seconds: float) -> None:
 
 
 def main(argv):
-    workdir, *words = argv
+    together, (workdir, *words) = parse_processes(argv)
     options = dict(word.split("=") for word in words)
     slow_saves(float(options.pop("slow_save", 0)))
-    data = Data(delay=float(options.pop("delay", 0)))
-    train(workdir, data, **{key: float(value) if "." in value else int(value) for key, value in options.items()})
+    delay = float(options.pop("delay", 0))
+    options = {key: float(value) if "." in value else int(value) for key, value in options.items()}
+
+    def work():
+        rows = processes.rows(meshes.samples(meshes.make(config(**options))), 4)
+        train(workdir, Data(delay=delay, rows=rows), **options)
+
+    work() if together is None else one_of_several(work, together)
 
 
 if __name__ == "__main__":
