@@ -55,7 +55,7 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
         {"steps": (4,), "times": ((15 / 16, 5 / 6, 5 / 8),), "noisy_context": False, "context_start": 0}
     )
     c.dmd = ConfigDict(
-        {"times": {"name": "uniform_shift", "s": 5.0}, "guidance": 2.5, "scale": 1.0, "replayed": True,
+        {"times": {"name": "uniform_shift", "s": 5.0}, "guidance": 2.5, "scale": 1.0, "replayed": True, "at_once": True,
          "student_update_freq": 3}
     )  # fmt: skip
 

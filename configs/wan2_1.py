@@ -72,8 +72,8 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     rollout = {"steps": (4,), "times": (_MID,), "noisy_context": False, "context_start": 0}
     c.rollout = ConfigDict({**rollout, **ROLLOUTS.get(variant, {})})
     c.dmd = ConfigDict(
-        # Replayed: the same gradient with one chunk's activations at a time.
-        {"times": {"name": "uniform_shift", "s": 5.0}, "guidance": 5.0, "scale": 1.0, "replayed": True,
+        # Replayed: the same gradient without a rollout's activations; not at_once, with those of one chunk at a time.
+        {"times": {"name": "uniform_shift", "s": 5.0}, "guidance": 5.0, "scale": 1.0, "replayed": True, "at_once": True,
          "student_update_freq": 6}
     )  # fmt: skip
 

@@ -171,7 +171,8 @@ def _matching(config, mesh) -> Algorithm:
 
     def replayed(params, others, batch, key, progress, weights):
         cond = common.condition(batch)
-        return sf_dmd_replayed(net, params, batch, cond, key, weights, **arguments(others, batch, progress))
+        options = {**arguments(others, batch, progress), "at_once": d.at_once}
+        return sf_dmd_replayed(net, params, batch, cond, key, weights, **options)
 
     def critic_loss(params, others, batch, key, progress):
         return critic(

@@ -72,6 +72,8 @@ def rollout(network: Network, params, cond: Condition, key, plan: StepPlan, step
     fresh = jax.random.normal(context_key, shape)
     table, longest = jnp.asarray(plan.table(count)), jnp.asarray([plan.most_steps(c) for c in range(count)])
     frozen = jax.lax.stop_gradient(params)
+    # The prompt's keys and values are the same in every pass.
+    known = network.prepare(frozen, cond) if hasattr(network, "prepare") else cond
 
     def body(cache, chunk, xs):
         z, fresh = jnp.moveaxis(xs[0], (0, 1), (2, 0)), jnp.moveaxis(xs[1], 0, 1)
@@ -79,7 +81,7 @@ def rollout(network: Network, params, cond: Condition, key, plan: StepPlan, step
         n = jnp.minimum(steps, m)
 
         def denoise(k, x):
-            x0 = last_step(network, frozen, x, times[k], cond, cache, chunk)
+            x0 = last_step(network, frozen, x, times[k], known, cache, chunk)
             return flow.interpolate(x0, z[k + 1], times[k + 1])
 
         x = jax.lax.stop_gradient(jax.lax.fori_loop(0, n - 1, denoise, z[0]))
@@ -94,7 +96,7 @@ def rollout(network: Network, params, cond: Condition, key, plan: StepPlan, step
             use = chunk >= plan.context_start
             seen, t_seen = jnp.where(use, noisy, seen), jnp.where(use, t_full, 0.0)
         t_frames = jnp.broadcast_to(t_seen, (1, x.shape[1]))
-        cache = network.append(frozen, seen, t_frames, cond, cache, chunk=chunk)
+        cache = network.append(frozen, seen, t_frames, known, cache, chunk=chunk)
         return cache, (_frames_first(x0), _frames_first(x), jnp.full(x.shape[1], t))
 
     cache = network.init_cache(shape[0], shape[1:4])

@@ -90,6 +90,7 @@ def configuration(a: argparse.Namespace):
     c.chunks.update({"first": int(first), "size": int(size or first)})
     c.data.update({"frames": 1 + (a.frames - 1) // 4, "height": a.height // 2, "width": a.width // 2})
     c.model.update({"remat": a.remat, "attention": a.attention})
+    c.dmd.at_once = not a.chunkwise
     if a.tiny:
         c.data.update({"frames": 4 if c.chunks.size > 1 else 3, "height": 32, "width": 48})
         c.text.update({"length": 6, "dim": 64})
@@ -241,7 +242,7 @@ def _matching(run: Run, simulated: int) -> Iterator[Row]:
     yield Row("both scores", target, arguments, real.forward + fake.forward)
 
     def again(params, cond, done, goal):
-        return replay(network, params, cond, done, goal, jnp.ones(shape[0]), chunks)
+        return replay(network, params, cond, done, goal, jnp.ones(shape[0]), chunks, at_once=c.dmd.at_once)
 
     def rolled_out():
         return run.state.params, cond, jax.jit(rolling)(run.state.params, cond, jnp.int32(1)), batch["latents"]
@@ -314,6 +315,7 @@ def _parse(arguments) -> argparse.Namespace:
     for name, default in (("height", 480), ("width", 832), ("frames", 81), ("repeats", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--simulated", type=int, default=4, help="steps of a rollout in sf_dmd")
+    parser.add_argument("--chunkwise", action="store_true", help="replay chunk by chunk instead of all at once")
     parser.add_argument("--remat", choices=REMAT, default="attention")
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="[the best that applies]")
     parser.add_argument("--ceiling", type=float, default=790.0, help="TFLOP/s of a large product on one device")

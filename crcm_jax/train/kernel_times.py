@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,21 +32,20 @@ def kernels(folder: str) -> Iterator[tuple[str, float]]:
                 yield from ((event.name, event.duration_ns * 1e-9) for event in line.events)
 
 
-def table(folder: str, most: int = 12) -> str:
-    """Seconds by kind, attention by kernel, and the `most` costliest of the other kernels."""
-    kinds, names, calls = collections.Counter(), collections.Counter(), collections.Counter()
+def table(folder: str, most: int = 24) -> str:
+    """Seconds by kind, then the `most` costliest kernels; those of one name whose times differ by half stand apart."""
+    kinds, groups = collections.Counter(), collections.defaultdict(list)
     for name, seconds in kernels(folder):
         kind = next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "element-wise")
-        if kind == "attention":
-            kind = re.search(KINDS[0][1], name)[0]
         kinds[kind] += seconds
-        names[f"{kind}: {name}"] += seconds
-        calls[f"{kind}: {name}"] += 1
+        groups[kind, name, round(math.log(max(seconds, 1e-9), 1.5))].append(seconds)
     if not kinds:
         return "the trace holds no kernels of a GPU"
     total = sum(kinds.values())
     lines = [f"kernels of one step, {total:.3f} s in all"]
     lines += [f"  {seconds:8.4f} s {100 * seconds / total:5.1f} %  {kind}" for kind, seconds in kinds.most_common()]
-    rest = [item for item in names.most_common() if not item[0].startswith("attention")][:most]
-    lines += [f"    {seconds:8.4f} s {calls[name]:6d} ×  {name[:110]}" for name, seconds in rest]
+    costly = sorted(groups.items(), key=lambda group: -sum(group[1]))[:most]
+    for (kind, name, _), times in costly:
+        mean = 1e3 * sum(times) / len(times)
+        lines.append(f"    {sum(times):8.4f} s {len(times):6d} × {mean:8.3f} ms  {kind}: {name[:80]}")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crcm_jax import compiler
 from crcm_jax.errors import UsageError
 from crcm_jax.models.base import Params
 from crcm_jax.objectives.algorithm import Algorithm, Batch, GradFn, Progress
@@ -225,5 +226,6 @@ def make_steps(
         changes = {"critic": critic, "critic_opt": opt, "progress": progress}
         return advance(state, size, gradient.kept, learnt, metrics, **changes)
 
-    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    options = compiler.options()
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     return jit(student_step), None if algorithm.critic is None else jit(critic_step)
