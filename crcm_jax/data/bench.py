@@ -53,8 +53,12 @@ def write_random(folder: Path, kind: str, count: int, latents: tuple[int, ...]) 
 
 
 def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """examples_per_second and mb_per_second (of stored bytes) at full speed; waiting, the share of the time that steps
-    of `options.step` seconds waited; index_seconds, to open the set."""
+    """What `main` prints, of one set.
+
+    examples_per_second, mb_per_second (of stored bytes), cpu_ms (of all cores, an example; other work on the machine
+    leaves it as it is): at full speed. waiting: the share of the time that steps of `step` seconds waited.
+    index_seconds: to open the set.
+    """
     began = time.perf_counter()
     found = shards.open_shards(path)
     index_seconds = time.perf_counter() - began
@@ -69,11 +73,12 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     stream = iter(pipeline.make(config, codec=codec))
     for _ in range(options.prefetch + 1):
         next(stream)
-    began, batches = time.perf_counter(), 0
+    began, batches, cpu = time.perf_counter(), 0, time.process_time()
     while time.perf_counter() - began < options.seconds:
         next(stream)
         batches += 1
     rate = batches * options.batch / (time.perf_counter() - began)
+    cpu_ms = 1000 * (time.process_time() - cpu) / (batches * options.batch)
 
     stream, waits = iter(pipeline.make(config, codec=codec)), []
     next(stream)
@@ -85,7 +90,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     share = sum(waits) / (sum(waits) + options.step * len(waits))
     return {
         "examples_per_second": rate, "mb_per_second": rate * stored / 1e6, "mb_per_example": stored / 1e6,
-        "step": options.step, "waiting": share, "longest_wait": max(waits), "index_seconds": index_seconds,
+        "cpu_ms": cpu_ms, "step": options.step, "waiting": share, "longest_wait": max(waits), "index_seconds": index_seconds,
     }  # fmt: skip
 
 
@@ -106,13 +111,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--seconds", type=float, default=10.0, help="of each measurement [%(default)s]")
     options = p.parse_args(argv)
     print(f"{platform.machine()}, {os.cpu_count()} cores; batch {options.batch}, {options.threads} threads")
-    print("| set | MB/example | examples/s | MB/s | step s | waiting | longest wait s | opening s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| set | MB/example | examples/s | MB/s | CPU ms/example | step s | waiting | longest wait s | opening s |")
+    print("|---|---|---|---|---|---|---|---|---|")
 
     def row(name: str, path: Path) -> None:
         m = measure(path, options)
         print(
             f"| {name} | {m['mb_per_example']:.2f} | {m['examples_per_second']:.1f} | {m['mb_per_second']:.0f} | "
+            f"{m['cpu_ms']:.1f} | "
             f"{m['step']:g} | {m['waiting']:.2%} | {m['longest_wait']:.4f} | {m['index_seconds']:.2f} |",
             flush=True,
         )

@@ -157,6 +157,10 @@ def test_parts_together_make_the_same_set(sampled, tmp_path):
     for part in ("1/2", "0/2"):
         assert build(*words, f"--out={tmp_path / 'set'}", f"--part={part}") == 0
     assert contents(tmp_path / "set") == contents(whole)
+    (tmp_path / "set" / "shard_000001.tar").unlink()
+    assert data.main(["check", str(tmp_path / "set")]) == 1
+    assert build(*words, f"--out={tmp_path / 'set'}") == 0  # makes what is missing
+    assert contents(tmp_path / "set") == contents(whole)
 
 
 @pytest.mark.parametrize("kind", ["tar", "array_record"])
