@@ -90,7 +90,8 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     share = sum(waits) / (sum(waits) + options.step * len(waits))
     return {
         "examples_per_second": rate, "mb_per_second": rate * stored / 1e6, "mb_per_example": stored / 1e6,
-        "cpu_ms": cpu_ms, "step": options.step, "waiting": share, "longest_wait": max(waits), "index_seconds": index_seconds,
+        "cpu_ms": cpu_ms, "step": options.step, "waiting": share, "longest_wait": max(waits),
+        "index_seconds": index_seconds,
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from crcm_jax.data import pipeline, skipping
+from crcm_jax.data import bench, pipeline, skipping
 from crcm_jax.data.latents import LatentSource
 from crcm_jax.errors import UserError
 from crcm_jax.models.toy import PixelCodec
@@ -183,3 +183,10 @@ def test_every_example_can_take_anothers_place():
             at = (at + skipping.Skipping(range(length))._stride) % length
             seen.add(at)
         assert len(seen) == length
+
+
+def test_the_bench_measures_both_formats(capsys):
+    bench.main(["--examples=4", "--frames=5", "--size=32x32", "--seconds=0.2", "--step=0.05", "--batch=2"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["set", "tar", "array_record"]
+    assert all(float(row[2]) > 0 and 0 <= float(row[6].rstrip(" %")) < 100 for row in rows[1:])
