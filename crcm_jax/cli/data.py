@@ -125,7 +125,8 @@ def main(argv: list[str]) -> int:
     try:
         return run(options)
     except KeyboardInterrupt:
-        raise UserError("stopped: the same command goes on from here") from None
+        on = "; the same command goes on from here" if options.command in ("build", "convert") else ""
+        raise UserError(f"stopped{on}") from None
 
 
 def _read(name: str) -> str:

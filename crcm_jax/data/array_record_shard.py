@@ -7,6 +7,7 @@ The container gives random access and checks what it reads, so a flipped bit is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,14 +52,21 @@ class ArrayRecordShard:
 
 
 def write(path: Path, examples: Iterable[Example]) -> int:
-    """Writes a new file, all of it on the disk when this returns; returns the number of examples."""
+    """Writes a new file, all of it on the disk when this returns; returns the number of examples. OSError if the disk
+    is full, or gives back something else."""
     count = 0
-    with contextlib.closing(ArrayRecordWriter(str(path), _OPTIONS)) as writer:
-        for example in examples:
-            writer.write(to_record(example))
-            count += 1
+    try:
+        with contextlib.closing(ArrayRecordWriter(str(path), _OPTIONS)) as writer:
+            for example in examples:
+                writer.write(to_record(example))
+                count += 1
+    except RuntimeError as error:
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, _first_line(error), str(path)) from None
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+    if len(ArrayRecordShard(path)) != count:
+        raise OSError(errno.EIO, "it does not hold what was written", str(path))
     return count
 
 

@@ -185,7 +185,7 @@ def test_stopped_at_any_moment_the_same_command_goes_on(sampled, tmp_path, monke
 
     for count in (1, 3):
         monkeypatch.setattr(makers.FromTeacher, "make", stop_after(count))
-        with pytest.raises(UserError, match="stopped: the same command goes on"):
+        with pytest.raises(UserError, match="stopped; the same command goes on"):
             build(*words)
     monkeypatch.setattr(makers.FromTeacher, "make", stop_after(99))
     monkeypatch.setattr(builder.set_manifest, "add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -1,5 +1,6 @@
 """Shards of latents: tars as others write them, ours, ArrayRecord; the index; what is damaged is named."""
 
+import errno
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import latent_sets as sets
 import numpy as np
 import pytest
 
-from crcm_jax.data import example, shards, tar_shard
+from crcm_jax.data import array_record_shard, example, shards, tar_shard
 from crcm_jax.data.example import DamagedExample
 from crcm_jax.errors import UserError
 
@@ -201,3 +202,20 @@ def test_what_cannot_be_opened_is_told(tmp_path):
     sets.write(tmp_path, kind="array_record")
     with pytest.raises(UserError, match="holds both"):
         shards.open_shards(tmp_path)
+
+
+def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            pass
+
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device; writing x\nmore")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(array_record_shard, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        array_record_shard.write(tmp_path / "a.array_record", [sets.example(0)])
+    assert caught.value.errno == errno.ENOSPC
