@@ -10,6 +10,9 @@ _GPU = {
     # cuBLAS multiplies Wan's matrices faster than XLA's own Triton products: a streamed pass takes 3 % less
     # (docs/wan_speed.md).
     "xla_gpu_enable_triton_gemm": False,
+    # Where a kernel's result is used and also kept for the backward pass, it would run twice: once for each place that
+    # the result goes to (docs/train_speed.md).
+    "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 
 
@@ -23,3 +26,9 @@ def options() -> dict[str, bool] | None:
     except jax.errors.JaxRuntimeError:  # a later XLA has dropped one
         return None
     return _GPU
+
+
+def layers_apart() -> bool:
+    """Whether many short passes run faster with layers written out than with a scan over them: on GPUs, where a scan
+    copies each layer's weights out of their stack before it multiplies."""
+    return jax.default_backend() == "gpu"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from crcm_jax import flow
+from crcm_jax import compiler, flow
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
 from crcm_jax.objectives.sf_dmd import Scores, sf_dmd, sf_dmd_replayed
@@ -141,8 +141,9 @@ def test_over_chunks_visits_every_frame_once():
         assert int(carry) == expected
 
 
-def test_replaying_is_differentiating(x64):
-    """Loss and every parameter's gradient, for one step and the full schedule, with unequal weights of the samples."""
+def test_replaying_is_differentiating(x64, monkeypatch):
+    """Loss and every parameter's gradient, for one step and the full schedule, with unequal weights of the samples; all
+    at once, also from a rollout with layers apart, as on GPUs."""
     plan = StepPlan(**TWO_STEP, noisy_context=True, context_start=1)
     pattern = ChunkPattern(1, 2)
     student, score = tiny.wan(pattern, "float64", layers=1), tiny.wan(None, "float64", layers=1)
@@ -169,6 +170,7 @@ def test_replaying_is_differentiating(x64):
 
     norms = []
     for updates, at_once in ((0, False), (3, False), (3, True)):
+        monkeypatch.setattr(compiler, "layers_apart", lambda at_once=at_once: at_once)
         (losses, metrics), grads = direct(params, updates)
         (other, _), others = replayed(params, updates, at_once)
         np.testing.assert_allclose(losses, other, rtol=1e-12)

@@ -12,7 +12,7 @@ from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition, Network
 from crcm_jax.models.guidance import guided_velocity
 from crcm_jax.objectives import common
-from crcm_jax.rollout import replay, rollout
+from crcm_jax.rollout import frozen_rollout, replay, rollout
 from crcm_jax.schedule import StepPlan
 
 NORMALISER_FLOOR = 1e-5
@@ -72,7 +72,7 @@ def sf_dmd_replayed(
     """
     rollout_key, score_key = jax.random.split(key)
     steps = plan.simulated_steps(updates)
-    done = rollout(network, params, cond, rollout_key, plan, steps, batch["latents"].shape, chunks)
+    done = frozen_rollout(network, params, cond, rollout_key, plan, steps, batch["latents"].shape, chunks)
     target, norm = dmd_target(done.samples, score_key, scores, cond, uncond, times=times, guidance=guidance)
     error, grads = replay(network, params, cond, done, target, scale * weights, chunks, at_once=at_once)
     return (scale * error, {"dmd_norm": norm, "steps": steps}), grads
@@ -90,7 +90,7 @@ def critic(
     rollout_key, time_key, noise_key = jax.random.split(key, 3)
     steps = plan.simulated_steps(updates)
     shape = batch["latents"].shape
-    x = jax.lax.stop_gradient(rollout(student_network, student, cond, rollout_key, plan, steps, shape, chunks).samples)
+    x = frozen_rollout(student_network, student, cond, rollout_key, plan, steps, shape, chunks).samples
     t = flow.sample_times(time_key, times, (shape[0], 1))
     noise = jax.random.normal(noise_key, shape)
     v = network.velocity(params, flow.interpolate(x, noise, t), t, cond)

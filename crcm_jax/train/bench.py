@@ -31,7 +31,7 @@ from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.objectives.sf_dmd import Scores, dmd_target
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import plan, rules
-from crcm_jax.rollout import replay, rollout
+from crcm_jax.rollout import frozen_rollout, replay
 from crcm_jax.train import ema, kernel_times
 from crcm_jax.train import state as states
 from crcm_jax.train.bench_work import Clip
@@ -226,7 +226,7 @@ def _matching(run: Run, simulated: int) -> Iterator[Row]:
     yield step_row(run, "critic", rolled + fake.forward + fake.backward, simulated)
     network, key = run.network(), jax.random.key(0)
     cond = common.condition(batch)
-    rolling = lambda params, cond, n: rollout(network, params, cond, key, steps, n, shape, chunks)  # noqa: E731
+    rolling = lambda params, cond, n: frozen_rollout(network, params, cond, key, steps, n, shape, chunks)  # noqa: E731
     arguments = lambda: (run.state.params, cond, jnp.int32(simulated))  # noqa: E731
     yield Row(f"rollout of {simulated} steps", rolling, arguments, rolled)
 

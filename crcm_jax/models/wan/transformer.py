@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Cache, Condition, Params
 from crcm_jax.models.wan import layers as wan
@@ -226,6 +227,18 @@ class WanTransformer:
         blocks = jax.vmap(functools.partial(tree, Block))(jax.random.split(second, self.config.layers))
         params = {"outside": tree(Outside, first), "blocks": blocks}
         return unstacked(params) if self.apart else params
+
+    def taken_apart(self, params) -> tuple[WanTransformer, Params]:
+        """This network and its parameters as many short passes are fastest on this device: `apart`, or as they are."""
+        if self.apart or not compiler.layers_apart():
+            return self, params
+        return WanTransformer(self.config, self.chunks, self.placement, apart=True), unstacked(params)
+
+    def put_together(self, cache: Cache) -> Cache:
+        """A cache of the network that `taken_apart` gave as this one takes it."""
+        if self.apart or not isinstance(cache, list):
+            return cache
+        return jax.tree.map(lambda *layers: self.placement.cache(jnp.stack(layers)), *cache)
 
     def velocity(self, params, x, t, cond, *, context=None, cache=None, chunk=None):
         """See `models.base.Network`. x `[batch, frame, height, width, channel]`, t `[batch, frame or 1]`."""
