@@ -48,6 +48,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
     values = _parse(argv, argv)
     if not values.workdir:
         raise UsageError(f"--workdir is missing, for example: {EXAMPLE}")
+    if "://" in values.workdir:
+        raise UsageError(f"--workdir={values.workdir} is no folder: mount the bucket and name a folder in it")
     return values.config, Path(values.workdir)
 
 
@@ -148,7 +150,7 @@ def one_of_several(work: Callable[[], None], together: dict[str, Any]) -> None:
     from crcm_jax.parallel import processes
 
     try:
-        processes.join(**together)
+        witness.rename(str(processes.join(**together)))
         work()
         processes.leave()
     except BaseException as error:

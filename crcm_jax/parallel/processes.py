@@ -36,8 +36,8 @@ class ToldByFirst(UserError):
     """An error that the first process has met, and tells; the others need not repeat it."""
 
 
-def join(coordinator: str | None = None, count: int | None = None, index: int | None = None, wait: int = 300) -> None:
-    """Makes this process one of several. To be called before JAX touches a device.
+def join(coordinator: str | None = None, count: int | None = None, index: int | None = None, wait: int = 300) -> int:
+    """Makes this process one of several and returns its number. To be called before JAX touches a device.
 
     coordinator: host:port at which process 0 listens; count, index: how many processes there are, and which this is.
     All None: the cluster's environment knows (TPU VMs, GKE, Slurm, Open MPI); UserError if it does not. wait: seconds.
@@ -45,7 +45,8 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     """
     # Signals are this program's own to handle (`StopSignal`).
     jax.config.update("jax_enable_preemption_service", False)
-    waits = {"initialization_timeout": wait, "heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
+    # At the end all wait for the first, which may have much to put its seal on; the dead are noticed even then.
+    waits = {"initialization_timeout": wait, "heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": 86_400}
     try:
         jax.distributed.initialize(coordinator, count, index, **waits)
     except (ValueError, RuntimeError) as error:
@@ -53,6 +54,7 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
             f"the processes of this run cannot be joined ({str(error).splitlines()[0]}): give --coordinator=HOST:PORT, "
             "--processes=N and --process=I"
         ) from error
+    return jax.process_index()
 
 
 def leave() -> None:
@@ -68,7 +70,9 @@ def explain(error: BaseException, index: int | None) -> int:
     """
     if isinstance(error, ToldByFirst):
         return error.exit_code
-    me = f"crcm [process {jax.process_index() if index is None else index}]"
+    if index is None and jax.distributed.is_initialized():
+        index = jax.process_index()
+    me = "crcm" if index is None else f"crcm [process {index}]"
     if isinstance(error, UserError):
         print(f"{me}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

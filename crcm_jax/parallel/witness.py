@@ -20,6 +20,8 @@ LOST = "another process has ended or cannot be reached" + _GO_ON
 _RUNTIME = re.compile(rb"^[EF]\d{4} .*(coordination_service\w*\.cc|/?client\.h):\d+\]")
 """The runtime's last words: a process that has begun them does not go on."""
 
+PEACE = "peace"
+
 HELD_BACK = 10
 """Seconds in which a process that has begun them must end."""
 
@@ -73,11 +75,16 @@ class Witness:
         os.dup2(speaking, 2)
         os.close(speaking)
 
+    def rename(self, process: str) -> None:
+        """What the sentence shall call the process from now on."""
+        self._program.stdin.write(f"{process}\n".encode())
+        self._program.stdin.flush()
+
     def dismiss(self) -> None:
         """The process ends in peace, or has said itself why it ends."""
         sys.stderr.flush()
         os.dup2(self._real, 2)
-        self._program.communicate(b"peace")
+        self._program.communicate(PEACE.encode())
 
 
 def main(process: str, listening: int) -> None:
@@ -85,23 +92,22 @@ def main(process: str, listening: int) -> None:
 
     What might be the runtime's last words is held back, until it turns out that they were not.
     """
-    life, rest, last, ending = sys.stdin.fileno(), b"", b"", None
-    while True:
+    life, words, rest, last = sys.stdin.fileno(), b"", b"", b""
+    sources = {listening, life}
+    while sources:
         # After the end, what is still in the pipe, without waiting for children of the process that hold it open.
-        sources, patience = ([listening, life], HELD_BACK if last else None) if ending is None else ([listening], 0)
-        ready = select.select(sources, [], [], patience)[0]
-        if not ready and ending is not None:
+        ready = select.select(sources, [], [], 0 if life not in sources else HELD_BACK if last else None)[0]
+        if not ready and life not in sources:
             break
         if not ready:
             os.write(2, last + rest)
             last = rest = b""
         if life in ready:
-            ending = os.read(life, 16) or b"none"
+            words += (heard := os.read(life, 99))
+            sources -= set() if heard else {life}
         if listening in ready:
             chunk = os.read(listening, 1 << 16)
-            if not chunk:
-                ending = ending or os.read(life, 16) or b"none"
-                break
+            sources -= set() if chunk else {listening}
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 if last or _RUNTIME.match(line):
@@ -112,8 +118,10 @@ def main(process: str, listening: int) -> None:
             if not last and not re.match(rb"[EF]\d", rest):
                 os.write(2, rest)
                 rest = b""
-    if ending != b"peace":
-        os.write(2, f"\ncrcm [process {process}]: {meaning((last + rest).decode(errors='replace'))}\n".encode())
+    *_, said = [process, *words.decode().split()]
+    if said != PEACE:
+        reason = meaning((last + rest).decode(errors="replace"))
+        os.write(2, f"\ncrcm [process {said}]: {reason}\n".encode())
 
 
 if __name__ == "__main__":

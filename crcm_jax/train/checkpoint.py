@@ -10,6 +10,7 @@ process writes everything else.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -73,7 +74,7 @@ def _decode(text: str) -> Any:
     return base64.b64decode(value) if kind == "bytes" else value
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run: saved in the background, one at a time; the last `keep` whole ones stay."""
 
     def __init__(self, workdir: Path, config, keep: int = 2):
@@ -173,6 +174,11 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
+
+    def __exit__(self, kind, error, trace) -> None:
+        # Where a collective has failed another process is gone, and its part of a save under way will never come.
+        if jax.process_count() == 1 or not isinstance(error, RuntimeError):
+            self.close()
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any, Any] | None:
         """(state, data state, log state) of the last whole checkpoint, in `like`'s shapes, types and shardings; None if

@@ -113,7 +113,7 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
             checkpoints.save(now, iterator.get_state(), log.state())
 
     # Closed in reverse: a save under way is finished, and its failure reported, whatever else happens.
-    with contextlib.closing(log), contextlib.closing(checkpoints), processes.StopSignal() as stop:
+    with contextlib.closing(log), checkpoints, processes.StopSignal() as stop:
         while iteration < settings.steps and not stop.agreed():
             student = algorithm.is_student_phase(iteration)
             player, step = ("student", student_step) if student else ("critic", critic_step)

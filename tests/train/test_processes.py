@@ -1,9 +1,7 @@
 """Several real processes on one machine do as one does; what becomes of them when one is told to stop, or killed."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,69 +10,31 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
+import random_kills
+import together
 import train_fakes as fakes
 from run_files import arrays_of, files_of, wait_for
 
 from configs.digits import get_config
-from crcm_jax import build
 from crcm_jax.cli.train import parse_processes
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.parallel import processes, witness
 from crcm_jax.train import assemble, checkpoint, identity, manifest, storage
-from crcm_jax.train.weights import save_params
+from crcm_jax.train.weights import load_params
 
 HERE = Path(__file__).parent
-DEVICES = 2
-ENVIRONMENT = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(HERE.parents[1]),
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0",
-}
 FAKES = [sys.executable, str(HERE / "train_fakes.py")]
-MESH = {"mesh.data": 2, "mesh.fsdp": 2}
-"""Two processes of two devices: `data` goes across them, `fsdp` stays within one."""
 ROUNDING = 1e-5
 """Of each array's largest entry, after a few steps of Adam: 3e-6 was the most seen."""
-
-
-def start(command, *words, cache, which=(0, 1), wait=120) -> list[subprocess.Popen]:
-    """Those of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    together = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--wait={wait}"]
-    return [
-        subprocess.Popen(
-            [*command, *map(str, words), *together, f"--process={index}"],
-            **{"env": ENVIRONMENT | cached, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
-        )
-        for index in which
-    ]
-
-
-def end(started, seconds=240) -> list[str]:
-    """What each told the user, without its progress bar; all must end in that time."""
-    told = [process.communicate(timeout=seconds)[1].replace("\r", "\n").splitlines() for process in started]
-    return ["\n".join(line for line in lines if line.startswith(("crcm", "Traceback", "F1"))) for lines in told]
-
-
-def assert_near(found, expected, tolerance=ROUNDING):
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        scale = max(np.abs(array).max(), 1e-6)
-        assert np.abs(found[name].astype(np.float64) - array).max() <= tolerance * scale, name
 
 
 def test_signals_and_deaths_lose_nothing(tmp_path):
     """A run of two processes: stopped by a signal to one, then killed in either, then let finish."""
     workdir, checkpoints = tmp_path / "run", tmp_path / "run" / storage.FOLDER
-    options = ["train.steps=30", *(f"{key}={value}" for key, value in MESH.items())]
+    options = ["train.steps=30", *(f"{key}={value}" for key, value in together.MESH.items())]
 
     def begin(folder, *more):
-        return start(FAKES, folder, *options, *more, cache=tmp_path / "cache")
+        return together.start(FAKES, folder, *options, *more, cache=tmp_path / "cache")
 
     def saved_anew(started):
         old = [path for path in storage.candidates(checkpoints) if manifest.is_sealed(path)]
@@ -85,22 +45,26 @@ def test_signals_and_deaths_lose_nothing(tmp_path):
         )
 
     whole = begin(tmp_path / "whole")
-    assert end(whole) == ["", ""] and [process.returncode for process in whole] == [0, 0]
+    assert together.end(whole) == ["", ""] and [process.returncode for process in whole] == [0, 0]
 
     started = begin(workdir, "delay=0.1")
     saved_anew(started)
     started[1].send_signal(signal.SIGTERM)
-    told = end(started)
+    told = together.end(started)
     assert [process.returncode for process in started] == [0, 0]
     assert told == ["crcm: another process was told to stop: saving", "crcm: stopping: finishing the step and saving"]
     assert storage.newest_whole(checkpoints) == storage.candidates(checkpoints)[0]
 
     for victim, reason in ((1, "another process has ended"), (0, "process 0, the coordinator, has ended")):
-        started = begin(workdir, "delay=0.1")
-        saved_anew(started)
+        before = random_kills.half_written(workdir)
+        started = begin(workdir, "delay=0.1", "slow_save=1")
+        if victim == 1:  # in the midst of a save
+            wait_for(lambda before=before: random_kills.half_written(workdir) - before, started[0], 120)
+        else:
+            saved_anew(started)
         started[victim].kill()
         began = time.monotonic()
-        told = end(started)
+        told = together.end(started)
         assert time.monotonic() - began < processes.SILENCE
         assert started[1 - victim].returncode not in (0, None)
         assert f"[process {1 - victim}]: " in told[1 - victim]
@@ -110,46 +74,40 @@ def test_signals_and_deaths_lose_nothing(tmp_path):
         assert f"crcm [process {victim}]: this process was killed" in told[victim]
 
     last = begin(workdir)
-    assert "goes on from iteration" in end(last)[0] and [process.returncode for process in last] == [0, 0]
+    assert "goes on from iteration" in together.end(last)[0] and [process.returncode for process in last] == [0, 0]
     assert files_of(workdir)[1:] == files_of(tmp_path / "whole")[1:]
     # What one process makes of it, to rounding.
     fakes.train(tmp_path / "one", **{"train.steps": 30})
-    assert_near(arrays_of(workdir), arrays_of(tmp_path / "one"))
+    assert together.difference(arrays_of(workdir), arrays_of(tmp_path / "one")) < ROUNDING
     assert json.loads(files_of(workdir)[2]) == {"json": {"position": 30}}
 
 
-SIZES = {
-    **{"model.dim": 16, "model.ffn_dim": 16, "model.heads": 2, "model.layers": 1, "model.freq_dim": 8},
-    **{"data.batch_size": 4, "data.frames": 2, "data.straight": 0, "optim.warmup": 0},
-    **{"train.log_every": 1, "train.save_every": 0, "train.sample_every": 0},
-}
+def test_a_real_run_survives_a_kill(tmp_path):
+    """`python tests/train/random_kills.py` does it twenty times."""
+    sentence, same = random_kills.trial(tmp_path, kills=1, seed=1)
+    assert same, sentence
 
 
 def test_a_real_run_goes_on_elsewhere_as_if_nothing_had_changed(tmp_path):
     """An iteration in two processes of two devices, then two in one of one; and all three in the latter."""
-    start_from = str(tmp_path / "start")
-    c = get_config("tf")
-    c.update_from_flattened_dict(SIZES | {"init.student": start_from, "train.steps": 3})
-    params = tiny.parameters(build.network(c))
-    save_params(start_from, params, {"training": "tf"})
-    command = [sys.executable, "-m", "crcm_jax", "train", f"--config={HERE.parents[1]}/configs/digits.py:tf"]
-    settings = SIZES | MESH | {"init.student": start_from, "train.steps": 1}
-    words = [f"--config.{key}={value}" for key, value in settings.items()]
-    started = start(command, f"--workdir={tmp_path / 'many'}", *words, cache=tmp_path / "cache")
-    assert end(started) == ["", ""]
+    settings = together.starting_weights("tf", tmp_path)
+    started = together.train("tf", tmp_path / "many", settings | together.MESH | {"train.steps": 1})
+    assert together.end(started) == ["", ""]
 
+    c = get_config("tf")
+    c.update_from_flattened_dict(settings | {"train.steps": 3})
     assemble.train(c, tmp_path / "many")
     assemble.train(c, tmp_path / "one")
     many, one = arrays_of(tmp_path / "many"), arrays_of(tmp_path / "one")
-    assert_near(many, one)
+    assert together.difference(many, one) < ROUNDING
     assert files_of(tmp_path / "many")[2] == files_of(tmp_path / "one")[2]
     # It is no agreement of runs that learnt nothing.
-    moved = [np.abs(one[f"params/{name}"] - leaf).max() / np.abs(leaf).max() for name, leaf in storage.leaves(params)]
-    assert np.median(moved) > 10 * ROUNDING
+    before = {f"params/{name}": np.asarray(leaf) for name, leaf in storage.leaves(load_params(tmp_path / "student"))}
+    assert together.difference({name: one[name] for name in before}, before) > 100 * ROUNDING
 
 
 def test_a_state_goes_from_any_mesh_to_any_other(tmp_path):
-    environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = together.ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, str(HERE / "remesh_worker.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -159,8 +117,8 @@ def test_a_state_goes_from_any_mesh_to_any_other(tmp_path):
 
 
 def test_a_coordinator_that_is_not_there_is_one_sentence(tmp_path):
-    (alone,) = start(FAKES, tmp_path / "run", cache=tmp_path / "cache", which=[1], wait=2)
-    assert end([alone], 60) == [
+    (alone,) = together.start(FAKES, tmp_path / "run", cache=tmp_path / "cache", which=[1], wait=2)
+    assert together.end([alone], 60) == [
         "crcm [process 1]: not all processes met at the coordinator in time: check --coordinator, that its host and "
         "port can be reached, and that every --process from 0 to --processes − 1 was started"
     ]
@@ -201,8 +159,8 @@ def test_what_is_wrong_with_the_options(words, says):
 def test_options_of_one_and_of_many():
     words = ["--config=c.py", "--workdir=w", "--config.train.steps=3"]
     assert parse_processes(words) == (None, words)
-    together, rest = parse_processes([*words, "--coordinator=h:1", "--processes=2", "--process=1"])
-    assert together == {"coordinator": "h:1", "count": 2, "index": 1, "wait": 300} and rest == words
+    options, rest = parse_processes([*words, "--coordinator=h:1", "--processes=2", "--process=1"])
+    assert options == {"coordinator": "h:1", "count": 2, "index": 1, "wait": 300} and rest == words
     assert set(parse_processes(["--distributed"])[0].values()) == {None, 300}
 
 

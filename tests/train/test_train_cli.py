@@ -56,6 +56,7 @@ def test_what_is_wrong_with_a_command_line(file, words, message):
         (["--workdir=w"], "--config=FILE.py is missing, for example: crcm train"),
         (["--config=nowhere.py:tf", "--workdir=w"], r"no configuration file nowhere\.py"),
         (["--config={file}"], "--workdir is missing"),
+        (["--config={file}", "--workdir=gs://bucket/run"], "is no folder: mount the bucket"),
         (["--config={file}:large", "--workdir=w"], "^no variant 'large': choose small$"),
     ],
 )
