@@ -16,6 +16,7 @@ HARMLESS = (
     *("train.", "sample."),  # how long, how often it saves, logs and samples
     *("mesh.", "model.remat", "model.attention"),  # the same numbers to rounding
     *("data.threads", "data.prefetch"),  # the same examples in the same order
+    *("data.path",),  # a set that was moved; the data's own state tells whether it is the same
 )
 """What may change in the configuration of a run that goes on. Not `optim.accumulate`: each microbatch has draws of its
 own."""

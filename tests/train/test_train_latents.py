@@ -43,9 +43,9 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return sets.write(tmp_path_factory.mktemp("sets") / "tiny", count=6, shard=3, latents=LATENTS, text=TEXT)
+@pytest.fixture
+def folder(tmp_path):
+    return sets.write(tmp_path / "set", count=6, shard=3, latents=LATENTS, text=TEXT)
 
 
 def test_a_run_from_latents_learns_resumes_and_counts_what_is_damaged(folder, tmp_path):
@@ -55,11 +55,12 @@ def test_a_run_from_latents_learns_resumes_and_counts_what_is_damaged(folder, tm
     assert all(np.isfinite(line["student/loss"]) and line["student/grad_norm"] > 0 for line in before)
     assert all(line["student/damaged_examples"] == 0 for line in before)
     start = build.network(tiny("tf", folder)).init(jax.random.key(0))
-    moved = load_params(tmp_path / "run", "params", expect=start)
-    assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(moved))) > 0
-    # one of six is damaged while the run rests: it goes on and says so
-    sets.flip(folder / "shard_000001.tar", sets.example(4, latents=LATENTS, text=TEXT).text.tobytes())
-    assert train("tf", tmp_path / "run", folder, "--config.train.steps=5") == 0
+    learnt = load_params(tmp_path / "run", "params", expect=start)
+    assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(learnt))) > 0
+    # one of six is damaged, and the set moved, while the run rests: it goes on and says so
+    moved = folder.rename(tmp_path / "elsewhere")
+    sets.flip(moved / "shard_000001.tar", sets.example(4, latents=LATENTS, text=TEXT).text.tobytes())
+    assert train("tf", tmp_path / "run", moved, "--config.train.steps=5") == 0
     after = lines(tmp_path / "run")
     assert after[:2] == before and len(after) == 5
     assert sum(line["student/damaged_examples"] for line in after) >= 1
