@@ -108,6 +108,8 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     chunks = None if isinstance(solver, Whole) else _chunks(options, meta)
     if found.image is not None and not options.image:
         raise UsageError(f"--model={options.model} needs --image=FILE, the clip's first frame")
+    if found.image is None and options.crop_image:
+        raise UsageError("--crop-image belongs to image-to-video models, which see their image through CLIP")
     if found.image is None and options.image and chunks is None:
         raise UsageError(
             "--image is for causal models and image-to-video ones: a bidirectional text-to-video one has none"
@@ -132,7 +134,9 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     encoder = timed("reading the text encoder", library.load_text_encoder, found, folder)
     texts = timed("text", encoder, [*prompts, options.negative or ""])
     del encoder
-    seen = timed("reading and using the image encoder", _seen, found, folder, picture) if found.image else None
+    seen = None
+    if found.image is not None:
+        seen = timed("reading and using the image encoder", _seen, found, folder, picture, options.crop_image)
     vae, vae_params = timed("reading the VAE", library.load_vae, found, folder)
     image = latents = None
     if picture is not None:
@@ -212,7 +216,7 @@ def _pixels(picture, width: int, height: int, channels: int = 3) -> jax.Array:
     return jnp.asarray(pixels.reshape(1, 1, height, width, channels) / 127.5 - 1)
 
 
-def _seen(found: library.Release, folder: Path, picture) -> jax.Array:
+def _seen(found: library.Release, folder: Path, picture, crop: bool) -> jax.Array:
     """The image's CLIP tokens `[1, token, channel]`."""
     encoder, params = library.load_image_encoder(found, folder)
-    return encoder(params, clip.preprocess(np.asarray(picture)[None], encoder.config))
+    return encoder(params, clip.preprocess(np.asarray(picture), encoder.config, crop=crop))

@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("--negative", "--negative-prompt", help="what guidance leads away from [nothing]")
     add("--negative-file", metavar="FILE", help="a text file with it")
     add("--image", metavar="FILE", help="the first frame (causal models, and image-to-video ones)")
+    add("--crop-image", action="store_true", help="CLIP sees its middle, as in diffusers, not all of it squeezed")
     add("--sampler", choices=("unipc", "euler"), help="make the whole clip at once, with a bidirectional model [unipc]")
     solver = p.add_mutually_exclusive_group()
     solver.add_argument(
@@ -116,9 +117,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(f"give --checkpoint or --model, one of the two, for example: {EXAMPLE}")
     if options.model and not options.weights:
         raise UsageError(f"--model={options.model} needs --weights=DIR, a folder that crcm convert has written")
-    for name in ("weights", "size", "frames", "chunks"):
-        if options.checkpoint and getattr(options, name) is not None:
-            raise UsageError(f"--{name} belongs to --model: a run's checkpoint has its own")
+    for name in ("weights", "size", "frames", "chunks", "crop_image"):
+        if options.checkpoint and getattr(options, name):
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --model: a run's checkpoint has its own")
     if options.mid and not options.steps:
         raise UsageError("--mid belongs to --steps: a diffusion model's times follow from --ode")
     if options.negative_file:

@@ -167,6 +167,11 @@ def test_a_run_without_its_autoencoder(tmp_path):
         (["--model=wan2.1-i2v-14b", "--weights=w", "--prompt=a", "--chunks=1-3"], "--chunks is for streaming"),
         (["--model=small", "--weights=w", "--prompt=a", "--sampler=unipc", "--steps=4,2"], "takes one number of steps"),
         (["--model=small", "--weights=w", "--prompt=a", "--sampler=unipc", "--image=x"], "--image is for causal"),
+        (
+            ["--model=small", "--weights=w", "--prompt=a", "--image=x", "--crop-image"],
+            "--crop-image belongs to image-to",
+        ),
+        (["--checkpoint=x", "--crop-image", "--prompt=a"], "--crop-image belongs to --model"),
         (["--model=small", "--weights=w", "--prompt=a", "--sampler=heun"], "invalid choice"),
         (["--model=small", "--weights=w", "--prompt=a", "--mesh=data:2"], "is not like data=2,context=4"),
         (["--model=small", "--weights=w", "--prompt=a", "--mesh=row=2"], "mesh.row is no axis"),

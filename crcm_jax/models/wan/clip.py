@@ -154,15 +154,29 @@ class CLIPVision:
         return jax.lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:-1], params["layers"]))[0]
 
 
-def preprocess(images: np.ndarray, config: CLIPVisionConfig) -> np.ndarray:
-    """Pixels `[batch, height, width, 3]` uint8 of any size → what the tower takes, float32.
+def preprocess(image: np.ndarray, config: CLIPVisionConfig, *, crop: bool = False) -> np.ndarray:
+    """Pixels `[height, width, 3]` uint8 of any size → what the tower takes, `[1, y, x, colour]` float32, normalised.
 
-    As Wan does: the whole picture, squeezed into a square by bicubic interpolation without smoothing, normalised.
-    (The pipeline of diffusers cuts the middle out of a picture whose shorter side it has resized.)
+    As Wan does: the whole picture, squeezed into a square by bicubic interpolation without smoothing. With `crop`, as
+    the pipeline of diffusers does: the middle of the picture whose shorter side Pillow has resized, with smoothing.
     """
-    rows, columns = (bicubic(n, config.image) for n in images.shape[1:3])
-    pixels = np.einsum("yh,bhwc,xw->byxc", rows, images.astype(np.float32) / 255, columns, optimize=True)
-    return ((pixels - np.array(MEAN)) / np.array(STD)).astype(np.float32)
+    side = config.image
+    if crop:
+        pixels = _middle(image, side) / 255
+    else:
+        rows, columns = (bicubic(n, side) for n in image.shape[:2])
+        pixels = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float32) / 255, columns, optimize=True)
+    return ((pixels - np.array(MEAN)) / np.array(STD)).astype(np.float32)[None]
+
+
+def _middle(image: np.ndarray, side: int) -> np.ndarray:
+    from PIL import Image
+
+    short = min(image.shape[:2])
+    height, width = (side * n // short for n in image.shape[:2])
+    top, left = (height - side) // 2, (width - side) // 2
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)[top : top + side, left : left + side]
 
 
 def bicubic(size: int, to: int) -> np.ndarray:

@@ -85,10 +85,19 @@ def test_published_size():
 def test_preprocessing_is_the_original(height, width):
     """Bicubic as torch interpolates, the whole picture squeezed into a square; then mean and deviation."""
     torch = pytest.importorskip("torch", reason="the comparison needs torch (pip install -e .[parity])")
-    picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-    x = torch.tensor(picture).permute(0, 3, 1, 2).double() / 255
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    x = torch.tensor(picture[None]).permute(0, 3, 1, 2).double() / 255
     x = torch.nn.functional.interpolate(x, (12, 12), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(preprocess(picture, CONFIG), (x - MEAN) / STD, atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width", [(480, 832), (100, 61), (12, 12)])
+def test_cropping_is_that_of_transformers(height, width):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (pip install -e .[parity])")
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    theirs = transformers.CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
+    expected = theirs(images=picture, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(preprocess(picture, CONFIG, crop=True), expected, atol=1e-6)
 
 
 def test_bicubic_by_hand():
