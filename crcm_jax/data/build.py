@@ -76,17 +76,18 @@ def build(
         for number in mine:
             todo = _jobs_of(jobs, number, shard_size)
             path = folder / f"shard_{number:06d}{SUFFIXES[kind]}"
-            if path.name in done and path.is_file():
-                bar.update(len(todo))
-                continue
             left_out: dict[str, str] = {}
-            if not path.is_file():
-                made = made or maker()
-                left_out = _fill(_draft(path), todo, made, bar)
-                _finish(_draft(path), path, kind)
-            else:
-                # Stopped between the shard's last byte and its entry in the manifest.
+            if path.is_file():
                 bar.update(len(todo))
+                # Of a build that was stopped between the shard's last byte and its entry in the manifest.
+                for draft in _drafts(path):
+                    draft.unlink(missing_ok=True)
+                if path.name in done:
+                    continue
+            else:
+                made = made or maker()
+                left_out = _fill(_drafts(path)[0], todo, made, bar)
+                _finish(path, kind)
             shard = ArrayRecordShard(path) if kind == "array_record" else TarShard(path, tar_shard.scan(path))
             if not left_out and len(shard) < len(todo):
                 keys = {shard.read(i).key for i in range(len(shard))}
@@ -100,8 +101,9 @@ def _jobs_of(jobs: Sequence[Job], shard: int, size: int) -> Sequence[Job]:
     return jobs[shard * size : (shard + 1) * size]
 
 
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.tar.tmp")
+def _drafts(path: Path) -> tuple[Path, Path]:
+    """The tar in which a shard's examples gather, and the shard itself in another format before it is whole."""
+    return path.with_name(f".{path.stem}.tar.tmp"), path.with_name(f".{path.name}.half.tmp")
 
 
 def _fill(draft: Path, jobs: Sequence[Job], maker: Maker, bar: tqdm) -> dict[str, str]:
@@ -127,13 +129,13 @@ def _fill(draft: Path, jobs: Sequence[Job], maker: Maker, bar: tqdm) -> dict[str
     return left_out
 
 
-def _finish(draft: Path, path: Path, kind: str) -> None:
+def _finish(path: Path, kind: str) -> None:
     """The draft's examples as the shard `path`, whole or not at all."""
+    draft, half = _drafts(path)
     if kind == "tar":
         os.replace(draft, path)
         return
     shard = TarShard(draft, tar_shard.scan(draft))
-    half = path.with_name(f".{path.name}.tmp")
     array_record_shard.write(half, (shard.read(i) for i in range(len(shard))))
     os.replace(half, path)
     draft.unlink()
