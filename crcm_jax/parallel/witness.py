@@ -64,7 +64,7 @@ class Witness:
     def __init__(self, process: str):
         """process: what the sentence calls it."""
         listening, speaking = os.pipe()
-        command = [sys.executable, "-m", "crcm_jax.parallel.witness", process, str(listening)]
+        command = [sys.executable, "-P", __file__, process, str(listening)]
         # A session of its own: what a terminal or a scheduler sends to the process is not meant for it.
         self._program = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listening], start_new_session=True

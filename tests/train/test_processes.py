@@ -171,6 +171,46 @@ def test_processes_must_be_configured_alike(monkeypatch):
         identity.require_same(fakes.config())
 
 
+def test_the_first_process_decides_and_refuses_for_all(monkeypatch):
+    said = []
+
+    def gather(text):
+        said.append(text)
+        return [said[0], text]
+
+    def refuse():
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", gather)
+    for decide in (lambda: "folder", refuse):
+        said.clear()
+        results = []
+        for index in (0, 1):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            try:
+                results.append(processes.decided_by_first(decide if index == 0 else lambda: 1 / 0))
+            except UserError as error:
+                results.append(f"{type(error).__name__}: {error}")
+        assert results in (["folder", "folder"], ["UserError: the disk is full", "ToldByFirst: the disk is full"])
+        assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (processes.ToldByFirst("the disk is full"), ""),
+        (UsageError("no such key"), "crcm [process 1]: no such key\n"),
+        (RuntimeError("FAILED: Gloo all-reduce: Connection closed by peer"), "crcm [process 1]: another process has"),
+        (RuntimeError("shapes differ"), "crcm [process 1]:\nRuntimeError: shapes differ\n"),
+    ],
+)
+def test_why_a_process_ends(capsys, error, says):
+    assert processes.explain(error, 1) == (2 if isinstance(error, UsageError) else 1)
+    told = capsys.readouterr().err
+    assert told.startswith(says) and bool(told) == bool(says)
+
+
 def test_data_positions_that_differ_belong_to_their_processes(monkeypatch):
     same, other = checkpoint._encode({"at": 1}), checkpoint._encode(b"\x01")
     assert checkpoint._together([same, same]) == same
