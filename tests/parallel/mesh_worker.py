@@ -1,8 +1,8 @@
-"""Runs in a process of its own with eight CPU devices: the same gradients on several meshes, as one JSON object.
+"""Runs in a process of its own with eight CPU devices: the same train step on several meshes, as one JSON object.
 
-`mesh_worker.py` prints, for some training types and meshes that together hold everything, the largest relative
-differences of losses, metrics and gradients from one device, and how the programs communicate. `mesh_worker.py all`
-compares every training type on every mesh, which takes a quarter of an hour, and prints a row as it has it.
+`mesh_worker.py` prints, for two training types on meshes that hold every axis, the largest relative differences of
+metrics and gradients from one device; the same of a sampled clip; and what programs gather. `mesh_worker.py all`
+compares both players of every training type on every mesh, and prints a row as soon as it has one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,14 @@ import numpy as np
 from configs.digits import TRAINING, get_config
 from crcm_jax import build
 from crcm_jax.models.base import Condition
-from crcm_jax.objectives.algorithm import Progress
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import rules
 from crcm_jax.sampling.stream import Few, generate
 from crcm_jax.schedule import StepPlan
+from crcm_jax.train import state as states
+from crcm_jax.train.optimizer import Optimizer
+from crcm_jax.train.state import TrainState
+from crcm_jax.train.step import make_steps
 
 MESHES = {
     "data 8": {"data": 8},
@@ -35,7 +40,6 @@ MESHES = {
     "fsdp 2 × context 2 × tensor 2": {"fsdp": 2, "context": 2, "tensor": 2},
 }
 QUICK = {
-    "bidirectional": ("fsdp 8", "context 8"),
     "tf_scm": ("fsdp 2 × context 2 × tensor 2",),
     "sf_dmd": ("data 2 × fsdp 2 × context 2",),
 }
@@ -48,6 +52,7 @@ def config(training: str, mesh: dict[str, int], **changes):
     c.model.update({"dim": 48, "ffn_dim": 96, "heads": 8, "layers": 2, "freq_dim": 16, "patch": (1, 2, 2)})
     c.model.update({"attention": "chunked", "remat": "block"})
     c.data.update({"batch_size": 8, "frames": 7})
+    c.optim.warmup = c.critic_optim.warmup = 0
     c.rollout.steps, c.rollout.times = (2,), ((5 / 6,),)
     c.mesh = mesh
     c.update_from_flattened_dict(changes)
@@ -78,50 +83,59 @@ def place(tree, mesh):
     return jax.device_put(tree, rules.shardings(tree, mesh))
 
 
-def compiled(c, placed: bool = True):
-    """The gradient function of each player, compiled for `c.mesh`, and its arguments but for the batch.
+class Players(NamedTuple):
+    """The train step of each player, compiled, and what it takes but for the batch."""
 
-    placed: whether the networks know the mesh; without, the compiler is left alone with it.
-    """
+    steps: dict
+    fresh: Callable
+    """Makes the state that both start from, as it lies before every step."""
+    others: dict
+    lies: TrainState
+
+
+def compiled(c, players) -> Players:
+    """The steps of those `players` on `c.mesh`."""
     mesh = meshes.make(c)
-    algorithm = rules.cut_gradients(build.algorithm(c, mesh if placed else None), mesh)
-    trees = {
-        role: random_like(jax.eval_shape(build.network(c, role).init, jax.random.key(0)), seed)
+    algorithm = rules.cut_gradients(build.algorithm(c, mesh), mesh)
+    optimizers = Optimizer.from_config(c.optim), Optimizer.from_config(c.critic_optim)
+    student, critic, *read = (
+        random_like(jax.eval_shape(build.network(c, role).init, jax.random.key(0)), seed)
         for seed, role in enumerate(("student", "critic", *algorithm.reads))
-    }
-    frozen = place({"uncond": np.zeros((1, c.text.length, c.text.dim), np.float32), **trees}, mesh)
+    )
+    others = {"uncond": np.zeros((1, c.text.length, c.text.dim), np.float32), **dict(zip(algorithm.reads, read))}
+    others = place(others, mesh)
+
+    def create():
+        return states.create(student, optimizers[0], None if algorithm.critic is None else critic, optimizers[1])
+
+    like = rules.abstract(jax.eval_shape(create), mesh)
+    lies = jax.tree.map(lambda x: x.sharding, like)
+    steps = zip(("student", "critic"), make_steps(algorithm, *optimizers, shardings=lies))
     batch = jax.device_put(batch_of(c), meshes.samples(mesh))
-    at = Progress(*(jnp.int32(i) for i in (5, 1, 1)))
-    weights = np.full(c.data.batch_size, 1 / c.data.batch_size, np.float32)
-    players = {"student": algorithm.student, "critic": algorithm.critic}
-    rest = (jax.random.key(3), at, weights)
-    functions = {
-        name: jax.jit(function).lower(frozen[name], frozen, batch, *rest).compile()
-        for name, function in players.items()
-        if function
-    }
-    return functions, frozen, rest
+    programs = {name: step.lower(like, others, batch).compile() for name, step in steps if step and name in players}
+    return Players(programs, lambda: jax.device_put(create(), lies), others, lies)
 
 
-def run(c, *batches):
-    """For each batch, the metrics and the gradient of each player; and how the weights lie and are gathered."""
-    functions, frozen, rest = compiled(c)
+def run(c, players, *batches):
+    """What each player's step yields for each batch, from the same state: its metrics, and its gradient, read off the
+    optimiser's first moment. And the share of the state that lies on one device."""
+    players, mesh = compiled(c, players), meshes.make(c)
     results = []
     for batch in batches:
-        batch = jax.device_put(batch, meshes.samples(meshes.make(c)))
         results.append({})
-        for name, function in functions.items():
-            (losses, metrics), grads = function(frozen[name], frozen, batch, *rest)
-            kept = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), grads, frozen[name])
-            assert all(jax.tree.leaves(kept)), "a gradient lies as its parameter does not"
-            results[-1][name] = jax.tree.map(np.asarray, ({"loss": losses, **metrics}, grads))
-    whole = sum(x.nbytes for x in jax.tree.leaves(frozen["student"]))
-    about = {"share": rules.device_bytes(frozen["student"]) / whole, "gathered": gathered(functions["student"])}
-    return results, about
+        for name, step in players.steps.items():
+            now, metrics = step(players.fresh(), players.others, jax.device_put(batch, meshes.samples(mesh)))
+            kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), now, players.lies)
+            assert all(jax.tree.leaves(kept)), "a step changed how the state lies"
+            opt, b1 = (now.opt, c.optim.b1) if name == "student" else (now.critic_opt, c.critic_optim.b1)
+            moments = next(part for part in opt.adam if hasattr(part, "mu"))
+            gradient = jax.tree.map(lambda g, b1=b1: np.asarray(g) / (1 - b1), moments.mu)
+            results[-1][name] = jax.tree.map(np.asarray, metrics), gradient
+    return results, rules.device_bytes(now) / sum(x.nbytes for x in jax.tree.leaves(now))
 
 
 def differences(a, b):
-    """Largest relative difference of (losses and metrics, gradient leaves), each against its own largest entry."""
+    """Largest relative difference of (metrics, gradient leaves), each against its own largest entry."""
 
     def largest(part):
         pairs = [pair for p in b for pair in zip(jax.tree.leaves(a[p][part]), jax.tree.leaves(b[p][part]))]
@@ -130,23 +144,17 @@ def differences(a, b):
     return {"metrics": largest(0), "gradient": largest(1)}
 
 
-def gathered(program) -> int:
-    """Numbers in the largest result of an all-gather on one device."""
-    shapes = re.findall(r" = f32\[([\d,]*)\]\S* all-gather\(", program.as_text())
-    return max((math.prod(map(int, shape.split(","))) for shape in shapes if shape), default=0)
-
-
-def compare(training: str, names):
+def compare(training: str, names, players=("student", "critic")):
     """(name, differences) of a training type on each of those meshes, and of a wrong answer."""
     c = config(training, {})
     batch = batch_of(c)
     # The comparison must see a wrong answer: one sample of eight in another's place.
     wrong = {name: x[[1, *range(1, 8)]] for name, x in batch.items()}
-    (expected, other), _ = run(c, batch, wrong)
+    (expected, other), _ = run(c, players, batch, wrong)
     yield f"{training} power", differences(other, expected)
     for name in names:
-        (found,), about = run(config(training, MESHES[name]), batch)
-        yield f"{training} {name}", differences(found, expected) | about
+        (found,), share = run(config(training, MESHES[name]), players, batch)
+        yield f"{training} {name}", differences(found, expected) | {"share": share}
 
 
 def streaming():
@@ -169,15 +177,47 @@ def streaming():
     return float(np.abs(many - one).max() / np.abs(one).max())
 
 
+def gathered(mesh: str, placed: bool = True) -> int:
+    """Numbers in the largest result, on one device, of an all-gather in the gradient of a network on `mesh`.
+
+    placed: whether the network knows the mesh, or the compiler is left alone with it.
+    """
+    c = config("bidirectional", MESHES[mesh])
+    mesh = meshes.make(c)
+    network = build.network(c, mesh=mesh if placed else None)
+    params = rules.abstract(jax.eval_shape(network.init, jax.random.key(0)), mesh)
+    batch = jax.device_put(batch_of(c), meshes.samples(mesh))
+
+    def loss(params, x, text):
+        return jnp.mean(jnp.square(network.velocity(params, x, x[:, :1, 0, 0, 0], Condition(text)) - x))
+
+    gradient = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda x: x.sharding, params))
+    program = gradient.lower(params, batch["latents"], batch["text"]).compile().as_text()
+    shapes = re.findall(r" = f32\[([\d,]*)\]\S* all-gather\(", program)
+    return max((math.prod(map(int, shape.split(","))) for shape in shapes if shape), default=0)
+
+
+def communication():
+    """`gathered` on some meshes, beside the numbers in the largest matrix and in a batch of latents."""
+    c = config("bidirectional", {})
+    weights = jax.tree.leaves(jax.eval_shape(build.network(c).init, jax.random.key(0)))
+    return {
+        "matrix": max(math.prod(x.shape[-2:]) for x in weights),
+        "latents": batch_of(c)["latents"].size,
+        "fsdp": gathered("fsdp 8"),
+        "fsdp, left alone": gathered("fsdp 8", placed=False),
+        "context": gathered("context 8"),
+    }
+
+
 def main(words):
-    alone, frozen, _ = compiled(config("bidirectional", MESHES["fsdp 8"]), placed=False)
-    matrices = [math.prod(x.shape[-2:]) for x in jax.tree.leaves(frozen["student"])]
-    report = {"streaming": streaming(), "left alone": gathered(alone["student"]), "matrix": max(matrices)}
-    report["latents"] = batch_of(config("tf", {}))["latents"].size
-    for training, names in ({name: tuple(MESHES) for name in TRAINING} if words == ["all"] else QUICK).items():
-        for row, found in compare(training, names):
+    everything = words == ["all"]
+    players = ("student", "critic") if everything else ("student",)
+    report = {"streaming": streaming(), "communication": communication()}
+    for training, names in ({name: tuple(MESHES) for name in TRAINING} if everything else QUICK).items():
+        for row, found in compare(training, names, players):
             report[row] = found
-            if words:
+            if everything:
                 print(row, found, file=sys.stderr, flush=True)
     print(json.dumps(report))
 
