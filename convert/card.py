@@ -35,7 +35,9 @@ def text(model: Model, layout: str, source: Source, name: str) -> str:
     training = source.meta.get("training")
     head = ["---", f"license: {licence}"]
     head += [f"base_model: {base}"] if base else []
-    head += ["tags:", "- text-to-video"] if model.family.name == "wan-transformer" else []
+    if model.family.name == "wan-transformer":
+        takes = "image" if model.config.in_channels > model.config.out_channels else "text"
+        head += ["tags:", f"- {takes}-to-video"]
     licence = "not recorded: ask where the weights came from" if licence == "unknown" else licence
     lines = [
         *head, "---", "", f"# {name}", "",
