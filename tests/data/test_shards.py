@@ -171,8 +171,10 @@ def test_an_interrupted_tar_is_gone_on_with(tmp_path, cut):
     writer.close(whole=False)
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[:-cut] + bytes(cut // 2))
+    if cut == 2000:
+        sets.flip(tmp_path / "a.tar", sets.example(1).text.tobytes())  # as a power cut may leave it
     writer = tar_shard.TarWriter(tmp_path / "a.tar")
-    assert writer.keys <= {f"{i:09d}" for i in range(4)}
+    assert writer.keys <= {f"{i:09d}" for i in range(1 if cut == 2000 else 4)}
     for i in range(4):
         if f"{i:09d}" not in writer.keys:
             writer.write(sets.example(i))
