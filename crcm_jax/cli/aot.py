@@ -41,7 +41,7 @@ _GIB = 1 << 30
 
 COLUMNS = (
     "configuration", "topology", "mesh", "batch", "step", "kept, GiB", "peak, GiB", "TFLOP", "all-gather, GB",
-    "reduce, GB", "all-to-all, GB", "largest gather / layer, MB", "matrix units, s", "links, s", "compiled in, s",
+    "reduce, GB", "all-to-all, GB", "largest gather / layer, MB", "matrix units, s", "links, s", "compiled in, CPU s",
 )  # fmt: skip
 """Of `--row`. Bytes and TFLOP are those of one device."""
 
@@ -132,7 +132,7 @@ def _report(traced, compiled, target, layer: int) -> str:
         )
     gather = "no more" if compiled.largest_gather <= layer else "MORE"
     lines += [
-        f"  {how} in {compiled.seconds:.0f} s, not run",
+        f"  {how} in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU), not run",
         f"  {memory}",
         "  collectives         in the program   runs a step   GB a step   largest, MB    sent, GB",
     ]
@@ -164,7 +164,7 @@ def _row(names: tuple[str, ...], traced, compiled, layer: int) -> str:
             "all-to-all, GB": f"{moved.get('all-to-all', 0):.3g}",
             "largest gather / layer, MB": f"{compiled.largest_gather / 1e6:.3g} / {layer / 1e6:.3g}",
             "links, s": f"{compiled.link_seconds:.3g}",
-            "compiled in, s": f"{compiled.seconds:.0f}",
+            "compiled in, CPU s": f"{compiled.cpu_seconds:.0f}",
         }
         if compiled.peak:
             known["peak, GiB"] = f"{compiled.peak / _GIB:.3g}"

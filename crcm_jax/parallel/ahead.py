@@ -75,6 +75,8 @@ class Compiled(NamedTuple):
     """One player's step. Bytes are those on one device; 0 where it was not compiled for the chip."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all threads together."""
     arguments: int
     """State and frozen trees: what `plan` counts, padded as the chip lays arrays out."""
     peak: int
@@ -149,9 +151,9 @@ def trace_step(run: Run, player: str) -> Traced:
 def compile_step(run: Run, step: Traced) -> Compiled:
     """Compiles a traced step. UserError if it needs more memory than a device has, by how much, and what to do."""
     chip, devices = run.target.chip, len(run.target.devices)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     compiled = _compile(run, step)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began, time.process_time() - cpu_began
     arguments = peak = 0
     if run.target.on_chip:
         memory = compiled.memory_analysis()
@@ -161,7 +163,7 @@ def compile_step(run: Run, step: Traced) -> Compiled:
         if peak > chip.hbm:
             raise UserError(_lack(run, step.player, peak, chip.hbm))
     speed = functools.partial(chips.speed, chip, run.target.machine)
-    return Compiled(seconds, arguments, peak, hlo.collectives(compiled.as_text(), devices, speed, _rolls(run)))
+    return Compiled(*seconds, arguments, peak, hlo.collectives(compiled.as_text(), devices, speed, _rolls(run)))
 
 
 def layer_bytes(inputs: Inputs) -> int:
