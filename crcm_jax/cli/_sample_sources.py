@@ -80,6 +80,7 @@ def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Sour
         )
     config, params, meta = producer.load(options.checkpoint, options.which, causal=False)
     solver, guidance = solvers.choose(options, {**meta, "training": config.training, "config": config})
+    print(f"crcm: {solvers.describe(solver, guidance, {'training': config.training})}", file=sys.stderr)
     chunks = None if isinstance(solver, Whole) else build.chunk_pattern(config)
     picture = _picture(options.image, chunks)
     codec, data = build.codec(config), config.data
@@ -110,11 +111,7 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
         raise UsageError(f"--model={options.model} needs --image=FILE, the clip's first frame")
     if found.image is None and options.crop_image:
         raise UsageError("--crop-image belongs to image-to-video models, which see their image through CLIP")
-    if found.image is None and options.image and chunks is None:
-        raise UsageError(
-            "--image is for causal models and image-to-video ones: a bidirectional text-to-video one has none"
-        )
-    picture = _picture(options.image, chunks)
+    picture = _picture(options.image, chunks, found.image is not None)
     frames, (width, height) = options.frames or 81, options.size or _size(found, picture)
     plain = WanTransformer(found.transformer, chunks)
     tokens = _tokens(plain, _latent_shape(found, frames, height, width, chunks))
@@ -185,12 +182,19 @@ def _tokens(network: WanTransformer, latents: tuple[int, ...]) -> int:
     return (latents[1] // ph) * (latents[2] // pw)
 
 
-def _picture(path: str | None, chunks: ChunkPattern | None):
-    """The image, in colour. UserError for what is none, or cannot be the first chunk."""
+def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):
+    """The image, in colour. chunks: None of a bidirectional model; seen: whether the model is an image-to-video one.
+
+    UserError for what is no image, a model that takes none, or chunks whose first it cannot be.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if path is None:
         return None
+    if chunks is None and not seen:
+        raise UsageError(
+            "--image is for causal models and image-to-video ones: a bidirectional one has no place for it"
+        )
     if chunks is not None and chunks.first != 1:
         raise UserError(f"--image needs a first chunk of one latent frame, not {chunks.first}: use --chunks=1-N")
     try:
