@@ -39,7 +39,7 @@ from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.step import make_steps
 from pallas_kernels.attention import IMPLEMENTATIONS
 
-TINY = {"dim": 32, "ffn_dim": 64, "heads": 2, "layers": 2, "freq_dim": 16}
+TINY = {"dim": 32, "ffn_dim": 64, "heads": 4, "layers": 2, "freq_dim": 16}
 TRAINING = ("tf_scm", "sf_dmd")
 TIME = 0.7
 """At which t the parts run; work does not depend on it."""
@@ -219,8 +219,9 @@ def _matching(run: Run, simulated: int) -> Iterator[Row]:
     shape = batch["latents"].shape
     passes = [run.clip().cached(chunks, chunk) for chunk in range(chunks.count(shape[1]))]
     per_chunk = [min(simulated, steps.most_steps(chunk)) + 1 for chunk in range(len(passes))]
-    rolled = sum(p.forward * n for p, n in zip(passes, per_chunk)) * run.size
-    replayed = sum(p.forward + p.backward for p in passes) * run.size
+    text = run.clip().prompt()
+    rolled = (sum(p.forward * n for p, n in zip(passes, per_chunk)) + text.forward) * run.size
+    replayed = sum(p.forward + p.backward for p in (text, *passes)) * run.size
     real, fake = run.clip("real").bidirectional() * (2 * run.size), run.clip("critic").bidirectional() * run.size
     yield step_row(run, "student", rolled + real.forward + fake.forward + replayed, simulated)
     yield step_row(run, "critic", rolled + fake.forward + fake.backward, simulated)

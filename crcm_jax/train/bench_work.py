@@ -30,9 +30,9 @@ class Pass:
     """
 
     products: float
-    moving: float
-    own: float
-    across: float
+    moving: float = 0.0
+    own: float = 0.0
+    across: float = 0.0
     frozen: float = 0.0
     still: float = 0.0
 
@@ -93,8 +93,13 @@ class Clip:
             target, products=target.products + products, across=target.across + context, still=still
         )
 
+    def prompt(self) -> Pass:
+        """The text's embedding, and its keys and values in every layer."""
+        c = self.config
+        return Pass(self.text * (c.layers * 4 * c.dim**2 + 2 * c.text_dim * c.dim + 2 * c.dim**2))
+
     def cached(self, chunks: ChunkPattern, chunk: int) -> Pass:
-        """One chunk against the cache of earlier ones."""
+        """One chunk against the cache of earlier ones, with the text's keys and values already there."""
         n = (chunks.start(chunk + 1) - chunks.start(chunk)) * self.tokens
         stop = chunks.start(chunk) * self.tokens
         start, sink = 0, 0
@@ -104,7 +109,7 @@ class Clip:
         mask = Cached(stop=stop, start=start, sink=sink)
         own, context = self._attention(mask, n, n, max(stop, 1))
         noisy = self._noisy(n, own)
-        return dataclasses.replace(noisy, across=noisy.across + context, frozen=context)
+        return dataclasses.replace(noisy, products=noisy.moving, across=noisy.across + context, frozen=context)
 
     def _noisy(self, n: int, own: float) -> Pass:
         """The linear layers of n noisy tokens and of the text, and cross-attention."""
@@ -112,8 +117,7 @@ class Clip:
         patch = math.prod(c.patch)
         moving = n * (c.layers * (12 * c.dim**2 + 4 * c.dim * c.ffn_dim))
         moving += 2 * n * c.dim * patch * (c.in_channels + c.out_channels)
-        text = self.text * (c.layers * 4 * c.dim**2 + 2 * c.text_dim * c.dim + 2 * c.dim**2)
-        return Pass(products=moving + text, moving=moving, own=own, across=self._cross(n))
+        return Pass(products=moving + self.prompt().products, moving=moving, own=own, across=self._cross(n))
 
     def _cross(self, n: int) -> float:
         return 4.0 * self.config.dim * self.config.layers * n * self.text

@@ -12,7 +12,7 @@ from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
 from crcm_jax.parallel.flops import matmul_flops
-from crcm_jax.train import bench
+from crcm_jax.train import bench, kernel_times
 from crcm_jax.train.bench_work import Clip
 
 FRAMES, TEXT = 5, 5
@@ -74,7 +74,7 @@ def test_allowed_pairs_are_counted_one_by_one(chunks):
     assert sum(part.own for part in parts) == work.own
     assert sum(part.across for part in parts) == work.across
     assert sum(part.frozen for part in parts) == work.across - cross
-    assert sum(part.moving for part in parts) == work.moving
+    assert sum(part.products for part in parts) == work.moving
 
 
 def test_last_layer_of_the_context_is_not_counted_beyond_its_keys():
@@ -98,3 +98,15 @@ def test_it_runs(arguments, names, capsys, monkeypatch):
     said = capsys.readouterr().out
     for name in names:
         assert f"\n{name} " in said, said
+
+
+def test_kernels_are_told_apart_by_kind_and_length(monkeypatch):
+    times = [("attention_dq_mosaic_gpu_kernel", 3.0), ("nvjet_sm90_tst_256x160", 1.0), ("nvjet_sm90_tst_256x160", 0.1)]
+    times += [("ncclDevKernel_AllGather_RING_LL", 0.5), ("loop_add_fusion_3", 0.25), ("memcpy128", 0.15)]
+    monkeypatch.setattr(kernel_times, "kernels", lambda folder: iter(times))
+    lines = [line.split() for line in kernel_times.table("").splitlines()]
+    kinds = {" ".join(line[4:]): float(line[0]) for line in lines if len(line) > 3 and line[3] == "%"}
+    assert kinds == {
+        "attention": 3.0, "matrix products": 1.1, "collectives": 0.5, "element-wise": 0.25, "copies": 0.15
+    }  # fmt: skip
+    assert sum("nvjet" in " ".join(line) for line in lines) == 2
