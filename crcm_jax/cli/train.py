@@ -154,7 +154,7 @@ def one_of_several(work: Callable[[], None], together: dict[str, Any]) -> None:
         work()
         processes.leave()
     except BaseException as error:
-        code = processes.explain(error, index)
-        witness.dismiss()
+        words, code = processes.explain(error, index)
+        witness.dismiss(words)
         os._exit(code)
     witness.dismiss()

@@ -62,26 +62,22 @@ def leave() -> None:
     jax.distributed.shutdown()
 
 
-def explain(error: BaseException, index: int | None) -> int:
-    """Says on standard error why process `index` (None: as JAX numbers it) ends with `error`; returns its exit code.
+def explain(error: BaseException, index: int | None) -> tuple[str, int]:
+    """(what to say of why process `index`, or None for as JAX numbers it, ends with `error`; its exit code).
 
     What the first process says for all is not repeated. An error of the runtime while others compute the same is most
     likely a peer's end: collectives fail then, where they can notice.
     """
     if isinstance(error, ToldByFirst):
-        return error.exit_code
+        return "", error.exit_code
     if index is None and jax.distributed.is_initialized():
         index = jax.process_index()
     me = "crcm" if index is None else f"crcm [process {index}]"
     if isinstance(error, UserError):
-        print(f"{me}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return f"\n{me}: {error}\n", error.exit_code
     if isinstance(error, RuntimeError) and _LOST.search(str(error)):
-        print(f"{me}: {witness.LOST} ({str(error).splitlines()[0][:300]})", file=sys.stderr, flush=True)
-        return UserError.exit_code
-    print(f"{me}:", file=sys.stderr)
-    traceback.print_exception(error)
-    return 1
+        return f"\n{me}: {witness.LOST} ({str(error).splitlines()[0][:300]})\n", UserError.exit_code
+    return f"\n{me}:\n" + "".join(traceback.format_exception(error)), 1
 
 
 def is_first() -> bool:

@@ -80,10 +80,12 @@ class Witness:
         self._program.stdin.write(f"{process}\n".encode())
         self._program.stdin.flush()
 
-    def dismiss(self) -> None:
-        """The process ends in peace, or has said itself why it ends."""
+    def dismiss(self, last_words: str = "") -> None:
+        """The process ends in peace, or says itself why it ends, at once: then what else it utters is not passed on."""
         sys.stderr.flush()
-        os.dup2(self._real, 2)
+        os.write(self._real, last_words.encode())
+        if not last_words:
+            os.dup2(self._real, 2)
         self._program.communicate(PEACE.encode())
 
 
