@@ -9,6 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.parallel.mesh import AXES
+from crcm_jax.parallel.placement import Placement
 from pallas_kernels.attention import chunked
 
 FRAMES, BATCH, MARK = 3, 2, "attention ran"
@@ -39,6 +41,17 @@ def test_attention_runs_again_only_under_block(remat, calls, placement, monkeypa
     monkeypatch.setattr(chunked, "forward", marked)
     function, params = gradient(remat, placement)
     assert str(jax.make_jaxpr(function)(params)).count(f"name[name={MARK}]") == calls
+
+
+def test_gathered_weights_are_never_kept():
+    """Without remat a layer gathers its ten matrices again, as it does where everything is computed again."""
+    fsdp = Placement(jax.sharding.AbstractMesh((1, 2, 1, 1), AXES))
+
+    def gathers_and_scatters(remat):
+        function, params = gradient(remat, fsdp)
+        return str(jax.make_jaxpr(function)(params)).count("linear_call[")
+
+    assert gathers_and_scatters("none") == gathers_and_scatters("block")
 
 
 def test_offloading_does_not_change_a_gradient():

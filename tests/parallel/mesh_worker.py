@@ -1,8 +1,8 @@
 """Runs in a process of its own with eight CPU devices: the same train step on several meshes, as one JSON object.
 
 `mesh_worker.py` prints, for two training types on meshes that hold every axis, the largest relative differences of
-metrics and gradients from one device; the same of a sampled clip; and what programs gather. `mesh_worker.py all`
-compares both players of every training type on every mesh, and prints a row as soon as it has one.
+metrics and gradients from one device; the same of a sampled clip; and what programs gather. `mesh_worker.py TYPE…`
+compares both players of those training types, or of `all`, on every mesh, and prints a row as soon as it has one.
 """
 
 from __future__ import annotations
@@ -211,13 +211,13 @@ def communication():
 
 
 def main(words):
-    everything = words == ["all"]
-    players = ("student", "critic") if everything else ("student",)
-    report = {"streaming": streaming(), "communication": communication()}
-    for training, names in ({name: tuple(MESHES) for name in TRAINING} if everything else QUICK).items():
+    players = ("student", "critic") if words else ("student",)
+    report = {} if words else {"streaming": streaming(), "communication": communication()}
+    chosen = {name: tuple(MESHES) for name in (TRAINING if words == ["all"] else words)} or QUICK
+    for training, names in chosen.items():
         for row, found in compare(training, names, players):
             report[row] = found
-            if everything:
+            if words:
                 print(row, found, file=sys.stderr, flush=True)
     print(json.dumps(report))
 

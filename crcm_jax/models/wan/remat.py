@@ -32,5 +32,7 @@ def remat(layer: Callable, name: str, *, gathers: bool) -> Callable:
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def _all_but_gathered(primitive, *_, **__) -> bool:
-    return primitive.name != "sharding_constraint"
+def _all_but_gathered(primitive, *_, **parameters) -> bool:
+    """Weights are gathered by a linear function that only says where its result lies (`Placement.gather`)."""
+    body = parameters["callee"].jaxpr.eqns if primitive.name == "linear_call" else ()
+    return primitive.name != "sharding_constraint" and [e.primitive.name for e in body] != ["sharding_constraint"]
