@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         traced = ahead.trace_step(run, player)
         compiled = None if "--trace" in switches else ahead.compile_step(run, traced)
         if "--row" in switches:
-            names = name, topology, mesh, str(config.data.batch_size), player, f"{sum(kept.values()) / _GIB:.1f}"
+            names = name, topology, mesh, str(config.data.batch_size), player, f"{sum(kept.values()) / _GIB:.3g}"
             print(_row(names, traced, compiled, layer), flush=True)
         else:
             print(_report(traced, compiled, target, layer), flush=True)
