@@ -23,8 +23,16 @@ LATENTS, TEXT = (3, 4, 4, 16), (6, 8)
 TINY = {
     "data.frames": 9, "data.height": 32, "data.width": 32, "data.batch_size": 2, "text.length": 6,
     "model.dim": 24, "model.ffn_dim": 16, "model.heads": 2, "model.layers": 1, "model.freq_dim": 8,
-    "model.text_dim": 8, "param_dtype": "float32", "model.dtype": "float32", "train.log_every": 1,
+    "model.text_dim": 8, "model.dtype": "float32", "param_dtype": "float32", "train.log_every": 1,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def compiled_quickly():
+    """At this size the time goes into compiling, not into running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tiny(training, folder, **changes):
