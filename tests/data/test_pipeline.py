@@ -112,7 +112,7 @@ def test_processes_give_the_same_batches_and_resume():
 def test_costs_little_beside_a_training_step():
     iterator = stream(config(batch_size=32, examples=1_000_000, threads=0))
     next(iterator)
-    # The thread's own clock: other work on the machine does not count. The best of several, as caches warm and neighbours come and go.
+    # The thread's own clock: other work on the machine hardly counts. The best of several, as caches warm.
     costs = []
     for _ in range(8):
         began = time.thread_time()
