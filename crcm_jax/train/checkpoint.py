@@ -122,11 +122,11 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         def finish():
             try:
+                # Every process's part; and first, so that nobody writes any more when a failure clears the folder.
+                response.result()
                 if processes.is_first():
                     manifest.write_text(folder / "data.json", positions)
                     manifest.write_text(folder / "meta.json", json.dumps(meta, indent=1))
-                response.result()  # every process's part
-                if processes.is_first():
                     manifest.seal(folder)
             except Exception as error:
                 raise self._failure(error, folder) from error
