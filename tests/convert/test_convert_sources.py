@@ -206,7 +206,9 @@ def test_the_classes_of_pytorch_load_what_is_written(torch, tmp_path, name):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     state = {n: t.numpy() for n, t in loaded.state_dict().items() if n != "encoder.embed_tokens.weight"}
     card = (tmp_path / "d/README.md").read_text()
-    assert {"t2v": "- text-to-video", "i2v": "- image-to-video"}.get(name, kind.__name__.removesuffix("WithProjection")) in card
+    assert {"t2v": "- text-to-video", "i2v": "- image-to-video"}.get(
+        name, kind.__name__.removesuffix("WithProjection")
+    ) in card
     if name == "clip-bare":
         found = {n.removeprefix("vision_model."): array for n, array in found.items()}
     assert fakes.same(state, found)
