@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 VARIANTS = ("tf", "df", "tf_dcm", "tf_scm", "sf_dmd", "sf_dmd_1step", "sf_dmd_2step", "sf_dmd_2step_noisy_ctx")
 
-T2V_1_3B = {"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30}
-T2V_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
+T2V_1_3B = {"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30, "remat": "attention"}
+T2V_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40, "remat": "block"}
 
 _MID = (15 / 16, 5 / 6, 5 / 8)
 ROLLOUTS = {
@@ -52,7 +52,7 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     c.text = ConfigDict({"name": "umt5", "weights": "", "tokenizer": "", "length": 512})
     c.model = ConfigDict(
         {**(T2V_14B if large else T2V_1_3B), "in_channels": 16, "out_channels": 16, "freq_dim": 256, "text_dim": 4096,
-         "dtype": "bfloat16", "round_time": True, "remat": "block"}
+         "dtype": "bfloat16", "round_time": True}
     )  # fmt: skip
     teacher = {} if diffusion else T2V_14B
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
