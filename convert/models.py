@@ -47,7 +47,7 @@ class Model:
 def _leaves(network: Callable[[Any], Any], config: Any) -> dict[str, tuple[int, ...]]:
     import jax
 
-    from crcm_jax.train import storage
+    from crcm_jax.saving import storage
 
     shapes = jax.eval_shape(network(config).init, jax.random.key(0))
     return {name: tuple(leaf.shape) for name, leaf in storage.leaves(shapes)}

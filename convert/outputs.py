@@ -147,7 +147,7 @@ class Draft:
 
     def _meta(self) -> dict[str, Any]:
         """What our files say of themselves; what the source said of its run is handed on."""
-        from crcm_jax.train import storage
+        from crcm_jax.saving import storage
 
         sizes = {name: getattr(self.model.config, name) for name in self.model.family.sizes}
         if not self.model.layers:

@@ -165,8 +165,8 @@ def _from_torch(path: Path, which: str | None) -> Source:
 
 def _from_checkpoint(path: Path, which: str | None) -> Source:
     """A run's workdir or checkpoint folder. Its weights are held whole: orbax restores a tree at a time."""
-    from crcm_jax.train import storage
-    from crcm_jax.train.weights import load_meta, load_params
+    from crcm_jax.saving import storage
+    from crcm_jax.saving.weights import load_meta, load_params
 
     meta = load_meta(path)
     arrays = {name: np.asarray(leaf) for name, leaf in storage.leaves(load_params(path, which or "ema"))}

@@ -22,8 +22,8 @@ from crcm_jax.objectives.sf_dmd import Scores, critic, sf_dmd, sf_dmd_replayed
 from crcm_jax.objectives.tf_dcm import tf_dcm
 from crcm_jax.objectives.tf_scm import tf_scm
 from crcm_jax.parallel.placement import Placement
+from crcm_jax.saving.weights import load_params
 from crcm_jax.schedule import StepPlan
-from crcm_jax.train.weights import load_params
 
 TRAINING_TYPES = ("bidirectional", "tf", "df", "tf_dcm", "tf_scm", "tf_dscm", "sf_dmd", "tf_scm_sf_dmd")
 

@@ -8,7 +8,7 @@ import pytest
 from crcm_jax import build, demo
 from crcm_jax.errors import UserError
 from crcm_jax.parallel import processes
-from crcm_jax.train import weights
+from crcm_jax.saving import weights
 
 TINY = {
     "model.layers": 1,

@@ -32,7 +32,7 @@ from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.parallel import rules
 from crcm_jax.parallel.placement import Placement
 from crcm_jax.sampling import Few, Ode, Whole
-from crcm_jax.train.weights import load_meta
+from crcm_jax.saving.weights import load_meta
 
 SIZE = (832, 480)
 """Width and height of a published model's clip; with an image, its proportions at this area."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crcm_jax.errors import UserError
-from crcm_jax.train.manifest import write_text
+from crcm_jax.saving.manifest import write_text
 
 NAME = "manifest.json"
 _LOCK = ".manifest.lock"

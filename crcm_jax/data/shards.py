@@ -25,7 +25,7 @@ from crcm_jax.data.array_record_shard import ArrayRecordShard
 from crcm_jax.data.example import Example
 from crcm_jax.data.tar_shard import TarShard
 from crcm_jax.errors import UserError
-from crcm_jax.train.manifest import write_text
+from crcm_jax.saving.manifest import write_text
 
 INDEX = ".index.json"
 _INDEX_FORMAT = 1

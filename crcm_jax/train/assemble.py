@@ -15,11 +15,11 @@ from crcm_jax.evaluate.clips import training_clips
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import processes, rules
+from crcm_jax.saving.weights import load_params
 from crcm_jax.train import encoders
 from crcm_jax.train.loop import Initial, run
 from crcm_jax.train.state import TrainState
 from crcm_jax.train.step import step_key
-from crcm_jax.train.weights import load_params
 
 _CAUSAL_DIFFUSION = ("tf", "df")
 _CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm")

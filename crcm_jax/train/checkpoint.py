@@ -20,10 +20,10 @@ import jax
 
 from crcm_jax.errors import UserError
 from crcm_jax.parallel import processes
-from crcm_jax.train import manifest, storage
+from crcm_jax.saving import manifest, storage
+from crcm_jax.saving.weights import load_params, save_params
 from crcm_jax.train.identity import as_json
 from crcm_jax.train.state import TrainState
-from crcm_jax.train.weights import load_params, save_params
 
 __all__ = ["FOLDER", "Checkpoints", "load_params", "save_params"]
 

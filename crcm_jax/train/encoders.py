@@ -15,7 +15,7 @@ from crcm_jax import build
 from crcm_jax.data import pipeline, tensor_file
 from crcm_jax.errors import UsageError
 from crcm_jax.models.base import Codec, Params, TextEncoder
-from crcm_jax.train.weights import load_params
+from crcm_jax.saving.weights import load_params
 
 
 def codec_params(config, codec: Codec) -> Params:

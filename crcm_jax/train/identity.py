@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from crcm_jax.errors import UserError
 from crcm_jax.parallel import processes
-from crcm_jax.train import manifest
+from crcm_jax.saving import manifest
 
 HARMLESS = (
     *("train.", "sample."),  # how long, how often it saves, logs and samples

@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from crcm_jax.errors import UserError
-from crcm_jax.train import manifest
+from crcm_jax.saving import manifest
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

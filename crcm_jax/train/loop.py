@@ -16,7 +16,8 @@ from crcm_jax.models.base import Params
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import plan, processes, rules
-from crcm_jax.train import identity, logging, state, storage
+from crcm_jax.saving import storage
+from crcm_jax.train import identity, logging, state
 from crcm_jax.train.checkpoint import Checkpoints
 from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.step import make_steps

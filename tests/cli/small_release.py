@@ -13,7 +13,7 @@ from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
 from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.models.wan.vae_config import WanVAEConfig
-from crcm_jax.train.weights import save_params
+from crcm_jax.saving.weights import save_params
 
 SMALL = library.Release(
     WanConfig(dim=24, ffn_dim=32, heads=2, layers=2, freq_dim=16, text_dim=16, dtype="float32", remat="none"),

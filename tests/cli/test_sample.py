@@ -21,9 +21,9 @@ from crcm_jax.models.wan import library
 from crcm_jax.models.wan.clip import CLIPVision
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.sampling import Few, Ode, Whole, generate_whole, teacher_times
+from crcm_jax.saving.weights import save_params
 from crcm_jax.schedule import MID_TIMES, StepPlan
 from crcm_jax.train.identity import as_json
-from crcm_jax.train.weights import save_params
 
 SIZE = ["--size=16x24", "--frames=9"]
 

@@ -8,8 +8,8 @@ import pytest
 from convert import engine, models, safetensors_file
 from convert.arrays import Spec, blocks
 from crcm_jax.errors import UserError
-from crcm_jax.train import storage
-from crcm_jax.train.weights import load_meta, load_params
+from crcm_jax.saving import storage
+from crcm_jax.saving.weights import load_meta, load_params
 
 SUFFIX = {"native": ".safetensors", "rcm": ".safetensors", "diffusers": "", "ours": ".safetensors"}
 WAYS = [(name, layout) for name, model in fakes.TINY.items() for layout in model.family.layouts]

@@ -11,7 +11,7 @@ import pytest
 from convert import engine, outputs
 from crcm_jax.cli import convert as cli
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.train.weights import save_params
+from crcm_jax.saving.weights import save_params
 
 MODEL = fakes.TINY["t2v"]
 

@@ -12,8 +12,8 @@ from crcm_jax.__main__ import dispatch
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer, run
 from crcm_jax.sampling import Ode
+from crcm_jax.saving.weights import save_params
 from crcm_jax.train.identity import as_json
-from crcm_jax.train.weights import save_params
 
 
 def tiny(variant="sf_dmd"):

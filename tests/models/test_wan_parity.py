@@ -14,7 +14,7 @@ from convert.tables import wan_transformer as tables
 from crcm_jax.models.base import Condition
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.train.weights import save_params
+from crcm_jax.saving.weights import save_params
 
 REASON = "the comparison needs torch and diffusers (pip install -e .[parity])"
 torch = pytest.importorskip("torch", reason=REASON)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from run_files import files_of, wait_for
 
-from crcm_jax.train import manifest, storage
+from crcm_jax.saving import manifest, storage
 
 ROOT = Path(__file__).parents[2]
 SIZES = {

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from crcm_jax.train import storage
+from crcm_jax.saving import storage
 
 
 def arrays_of(workdir):

@@ -19,8 +19,9 @@ from configs.digits import get_config
 from crcm_jax.cli.train import parse_processes
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.parallel import processes, witness
-from crcm_jax.train import assemble, checkpoint, identity, manifest, storage
-from crcm_jax.train.weights import load_params
+from crcm_jax.saving import manifest, storage
+from crcm_jax.saving.weights import load_params
+from crcm_jax.train import assemble, checkpoint, identity
 
 HERE = Path(__file__).parent
 FAKES = [sys.executable, str(HERE / "train_fakes.py")]

@@ -12,10 +12,11 @@ import pytest
 import train_fakes as fakes
 
 from crcm_jax.errors import UserError
-from crcm_jax.train import identity, manifest, state, storage
+from crcm_jax.saving import manifest, storage
+from crcm_jax.saving.weights import load_meta
+from crcm_jax.train import identity, state
 from crcm_jax.train.checkpoint import Checkpoints, load_params, save_params
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.weights import load_meta
 
 OPTIMIZER = Optimizer(lr=1e-2)
 

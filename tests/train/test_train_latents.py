@@ -14,8 +14,8 @@ from crcm_jax import __main__ as program
 from crcm_jax import build
 from crcm_jax.data import tensor_file
 from crcm_jax.errors import UsageError, UserError
+from crcm_jax.saving.weights import load_params, save_params
 from crcm_jax.train import encoders
-from crcm_jax.train.weights import load_params, save_params
 
 LATENTS, TEXT = (3, 4, 4, 16), (6, 8)
 """Of 9 frames of 32×32 pixels."""

@@ -20,7 +20,8 @@ from tensorboardX.record_writer import masked_crc32c
 
 from crcm_jax.errors import UserError
 from crcm_jax.objectives.algorithm import Algorithm, gradient_of
-from crcm_jax.train import loop, manifest, storage
+from crcm_jax.saving import manifest, storage
+from crcm_jax.train import loop
 from crcm_jax.train.checkpoint import load_params
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}

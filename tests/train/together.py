@@ -20,8 +20,8 @@ from run_files import arrays_of
 
 from configs.digits import get_config
 from crcm_jax import build
+from crcm_jax.saving.weights import save_params
 from crcm_jax.train import assemble
-from crcm_jax.train.weights import save_params
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {

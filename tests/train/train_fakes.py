@@ -108,7 +108,7 @@ def train(workdir, data: Data | None = None, **overrides):
 
 def slow_saves(seconds: float) -> None:
     """Makes every save take at least so long between its parts, to be killed in."""
-    from crcm_jax.train import manifest, storage
+    from crcm_jax.saving import manifest, storage
 
     seal, write = manifest.seal, storage.write_trees
 

@@ -116,13 +116,13 @@ def check(folder: Path, names: Sequence[str]) -> None:
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    from crcm_jax.train.weights import load_meta
+    from crcm_jax.saving.weights import load_meta
 
     return load_meta(path)
 
 
 def _load(path: Path, expect: Params, dtype: str | None = None) -> Params:
     # Here and not above: checkpoints bring in orbax, which describing a model does not need.
-    from crcm_jax.train.weights import load_params
+    from crcm_jax.saving.weights import load_params
 
     return load_params(path, expect=expect, dtype=None if dtype is None else jnp.dtype(dtype))
