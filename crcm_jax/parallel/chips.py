@@ -1,8 +1,8 @@
 """What one device of each kind has and can do, and what a name such as `v5p:4x4x4` or `h200:8x4` asks for.
 
-Peaks as read on 2026-11-21: of TPUs from docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, which count both directions
-of all links of a chip together; of H100 and H200 SXM from pages that quote NVIDIA's data sheets (dense products; NVLink
-counted the same way). Memory of the GPUs is what their driver reports.
+Peaks as read on 2026-11-21: of TPUs from docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, which count both
+directions of all links of a chip together; of H100 and H200 SXM from pages that quote NVIDIA's data sheets (dense
+products; NVLink counted the same way). Memory of the GPUs is what their driver reports.
 """
 
 from __future__ import annotations
