@@ -130,10 +130,11 @@ def _report(traced, compiled, target, layer: int) -> str:
             f"{peak:.2f} of {room / _GIB:.0f} GiB on each device ({100 * compiled.peak / room:.0f} %): "
             f"{held:.2f} state and batch, {peak - held:.2f} temporary"
         )
+    lines += [f"  {how} in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU), not run", f"  {memory}"]
+    if compiled.collectives is None:
+        return "\n".join([*lines, "  collectives are not known: this JAX cannot read the compiled program back"])
     gather = "no more" if compiled.largest_gather <= layer else "MORE"
     lines += [
-        f"  {how} in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU), not run",
-        f"  {memory}",
         "  collectives         in the program   runs a step   GB a step   largest, MB    sent, GB",
     ]
     lines += [
@@ -157,6 +158,10 @@ def _row(names: tuple[str, ...], traced, compiled, layer: int) -> str:
         "matrix units, s": f"{traced.compute_seconds:.3g}",
     }
     if compiled is not None:
+        known["compiled in, CPU s"] = f"{compiled.cpu_seconds:.0f}"
+        if compiled.peak:
+            known["peak, GiB"] = f"{compiled.peak / _GIB:.3g}"
+    if compiled is not None and compiled.collectives is not None:
         moved = {c.kind: c.bytes / 1e9 for c in compiled.collectives}
         known |= {
             "all-gather, GB": f"{moved.get('all-gather', 0):.3g}",
@@ -164,9 +169,6 @@ def _row(names: tuple[str, ...], traced, compiled, layer: int) -> str:
             "all-to-all, GB": f"{moved.get('all-to-all', 0):.3g}",
             "largest gather / layer, MB": f"{compiled.largest_gather / 1e6:.3g} / {layer / 1e6:.3g}",
             "links, s": f"{compiled.link_seconds:.3g}",
-            "compiled in, CPU s": f"{compiled.cpu_seconds:.0f}",
         }
-        if compiled.peak:
-            known["peak, GiB"] = f"{compiled.peak / _GIB:.3g}"
     cells = [*names, *(known.get(column, "–") for column in COLUMNS[len(names) :])]
     return "| " + " | ".join(cells) + " |"

@@ -217,3 +217,14 @@ def test_a_step_is_compiled_with_its_kernels(compiler, capsys):
     assert 0 < float(row["kept, GiB"]) < float(row["peak, GiB"]) < 1
     gathered, layer = (float(n) for n in row["largest gather / layer, MB"].split(" / "))
     assert 0 < gathered <= layer
+
+
+def test_a_program_that_cannot_be_read_back_is_reported_without_its_collectives():
+    """The memory and time of a compilation that took minutes are not lost with it."""
+    traced = ahead.Traced("student", None, 1.0, 2e12, 0.5)
+    compiled = ahead.Compiled(60.0, 90.0, 1 << 30, 3 << 30, None)
+    chip = SimpleNamespace(chip=chips.TPUS[1], on_chip=True)
+    report = aot._report(traced, compiled, chip, 1)
+    assert "3.00 of 95 GiB" in report and "collectives are not known" in report and "roofline" not in report
+    cells = aot._row(("a", "b", "c", "1", "student", "1"), traced, compiled, 1).split(" | ")
+    assert cells[6] == "3" and cells[8:12] == ["–"] * 4 and cells[-2:] == ["–", "90 |"], cells
