@@ -7,7 +7,7 @@ import functools
 import jax
 
 _GPU = {
-    # cuBLAS multiplies Wan's matrices faster than XLA's own Triton products: a streamed pass takes 3 % less
+    # cuBLAS multiplies Wan's matrices faster than XLA's own Triton products: a streamed pass takes 1 to 2 % less
     # (docs/wan_speed.md).
     "xla_gpu_enable_triton_gemm": False,
     # Where a kernel's result is used and also kept for the backward pass, it would run twice: once for each place that

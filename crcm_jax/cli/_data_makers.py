@@ -9,16 +9,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from crcm_jax.data import video_files
 from crcm_jax.data.build import Job, Made
 from crcm_jax.data.example import Example
-from crcm_jax.errors import UserError
 from crcm_jax.models.base import Condition
 from crcm_jax.models.wan import library
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel.placement import Placement
 from crcm_jax.sampling import denoise_whole, teacher_times
@@ -27,44 +24,19 @@ STORED = ml_dtypes.bfloat16
 """The type of what is written (spec: Causal-rCM section 7.4)."""
 
 
-def latent_shape(model: str, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Of a clip; UserError where it does not divide."""
-    found = library.release(model)
-    try:
-        shape = WanVAE(found.vae).latent_shape(frames, height, width)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    _, ph, pw = found.transformer.patch
-    if shape[1] % ph or shape[2] % pw:
-        side = found.vae.stride[1]
-        raise UserError(f"--size={width}x{height} does not divide into patches of {side * pw}x{side * ph} pixels")
-    return shape
-
-
-def check(weights: Path, parts: Sequence[str]) -> None:
-    """UserError where one of the files is missing, before minutes are spent on reading another."""
-    for part in parts:
-        path = weights / f"{part}.safetensors"
-        if not path.is_file():
-            raise UserError(f"{weights} holds no {path.name}: write it with crcm convert --to={path} --layout=ours")
-
-
 class _Maker:
     """What both share: the text encoder, and a batch cut over this process's devices, weights on each."""
 
     parts: tuple[str, ...]
 
     def __init__(self, model: str, weights: Path, *, frames: int, height: int, width: int, per_device: int = 1):
-        check(weights, self.parts)
-        devices = np.array(jax.local_devices())
-        self.mesh = Mesh(devices.reshape(-1, 1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 4)
-        self.batch = per_device * devices.size
+        library.check(weights, self.parts)
+        devices = jax.local_devices()
+        self.mesh = meshes.over((len(devices), 1, 1, 1), devices)
+        self.batch = per_device * len(devices)
         self.frames, self.height, self.width = frames, height, width
         self.release = library.release(model)
         self.encoder = library.load_text_encoder(self.release, weights)
-
-    def _everywhere(self, tree):
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def _cut(self, rows: np.ndarray):
         """Rows on the devices; those that a full batch lacks repeat the last, so that one program serves all."""
@@ -86,7 +58,7 @@ class FromVideos(_Maker):
         super().__init__(model, weights, **shape)
         self.fps = fps
         vae, params = library.load_vae(self.release, weights)
-        self.vae, self.params = vae, self._everywhere(params)
+        self.vae, self.params = vae, meshes.everywhere(params, self.mesh)
 
     def prepare(self, jobs: Sequence[Job]) -> list[np.ndarray | str]:
         shape = {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
@@ -114,12 +86,12 @@ class FromTeacher(_Maker):
         seed: int, negative: str, **shape,
     ):  # fmt: skip
         super().__init__(model, weights, **shape)
-        self.shape = latent_shape(model, self.frames, self.height, self.width)
+        self.shape = library.latent_shape(self.release, self.frames, self.height, self.width)
         self.times, self.seed = teacher_times(steps, shift, sigma_max), seed
         self.options = {"times": self.times, "guidance": guidance, "solver": solver}
-        self.uncond = Condition(text=self._everywhere(self.encoder([negative])))
+        self.uncond = Condition(text=meshes.everywhere(self.encoder([negative]), self.mesh))
         self.network = WanTransformer(self.release.transformer, None, Placement(self.mesh))
-        self.params = self._everywhere(library.load_transformer(self.network, weights))
+        self.params = meshes.everywhere(library.load_transformer(self.network, weights), self.mesh)
 
     def prepare(self, jobs: Sequence[Job]) -> np.ndarray:
         return np.stack(

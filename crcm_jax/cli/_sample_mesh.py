@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from crcm_jax.errors import UsageError
 from crcm_jax.parallel import mesh as meshes
@@ -40,8 +39,7 @@ def choose(text: str | None, prompts: int, heads: int, tokens: int, weights: int
         print(f"crcm: {size} of {len(devices)} devices, {words}{idle}", file=sys.stderr)
     if size == 1:
         return None
-    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices[:size], allow_split_physical_axes=True)
-    return Mesh(grid, meshes.AXES, axis_types=(AxisType.Auto,) * len(meshes.AXES))
+    return meshes.over(tuple(shape.values()), devices[:size])
 
 
 def _asked(text: str) -> dict[str, int]:
@@ -70,8 +68,3 @@ def _fits(device: Any, weights: int) -> bool:
 def batch(mesh: Mesh | None) -> int:
     """Clips that are made at once: one for each part into which prompts are cut."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in SAMPLES)
-
-
-def everywhere(tree: Any, mesh: Mesh | None) -> Any:
-    """`tree`, whole on each device of the mesh; the network cuts it where it uses it."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

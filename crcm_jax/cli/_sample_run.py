@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from crcm_jax.cli._sample_mesh import everywhere
 from crcm_jax.cli._sample_sources import Source
 from crcm_jax.evaluate.producer import clip_noise
+from crcm_jax.parallel.mesh import everywhere
 from crcm_jax.sampling import Few, Whole, denoise_whole, stream
 
 

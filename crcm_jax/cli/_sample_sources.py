@@ -20,16 +20,16 @@ from jax.sharding import Mesh
 
 from crcm_jax import build
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.cli import _sample_mesh as meshes
 from crcm_jax.cli import _sample_solver as solvers
+from crcm_jax.cli._sample_mesh import batch, choose
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer
 from crcm_jax.models.base import Codec, Condition, Network, Params
 from crcm_jax.models.wan import clip, library
 from crcm_jax.models.wan.image import condition_latents, size_of
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.parallel import rules
+from crcm_jax.parallel.mesh import everywhere
 from crcm_jax.parallel.placement import Placement
 from crcm_jax.sampling import Few, Ode, Whole
 from crcm_jax.saving.weights import load_meta
@@ -86,14 +86,14 @@ def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Sour
     codec, data = build.codec(config), config.data
     plain = build.network(config)
     tokens, leaves = _tokens(plain, codec.latent_shape(data.frames, data.height, data.width)), jax.tree.leaves(params)
-    mesh = meshes.choose(options.mesh, len(prompts), plain.config.heads, tokens, sum(leaf.nbytes for leaf in leaves))
+    mesh = choose(options.mesh, len(prompts), plain.config.heads, tokens, sum(leaf.nbytes for leaf in leaves))
     if mesh is not None:
         params = jax.device_put(params, rules.shardings(params, mesh))
     image = None
     if picture is not None:
         image = codec.encode(None, _pixels(picture, data.width, data.height, config.codec.get("channels", 1)))
     text = build.text_encoder(config)
-    parts = meshes.batch(mesh)
+    parts = batch(mesh)
     return Source(
         build.network(config, mesh=mesh), params, codec, None, Condition(text=jnp.asarray(text(prompts))),
         Condition(text=jnp.asarray(text([options.negative or ""]))), image, chunks, solver, guidance, data.frames,
@@ -116,7 +116,7 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     plain = WanTransformer(found.transformer, chunks)
     tokens = _tokens(plain, _latent_shape(found, frames, height, width, chunks))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(library.transformer_shapes(plain)))
-    mesh = meshes.choose(options.mesh, len(prompts), found.transformer.heads, tokens, weights)
+    mesh = choose(options.mesh, len(prompts), found.transformer.heads, tokens, weights)
     network = WanTransformer(found.transformer, chunks, Placement(mesh))
     library.check(folder, found.files)
     print(f"crcm: {options.model}, {solvers.describe(solver, guidance, meta)}", file=sys.stderr)
@@ -149,8 +149,8 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
         return Condition(jnp.asarray(rows), spread(seen), spread(latents))
 
     return Source(
-        network, params, vae, meshes.everywhere(vae_params, mesh), condition(texts[:-1]), condition(texts[-1:]), image,
-        chunks, solver, guidance, frames, height, width, options.fps or 16.0, meshes.batch(mesh), False, mesh, seconds,
+        network, params, vae, everywhere(vae_params, mesh), condition(texts[:-1]), condition(texts[-1:]), image,
+        chunks, solver, guidance, frames, height, width, options.fps or 16.0, batch(mesh), False, mesh, seconds,
     )  # fmt: skip
 
 
@@ -163,14 +163,10 @@ def _chunks(options: argparse.Namespace, meta: dict[str, Any]) -> ChunkPattern:
 
 def _latent_shape(found: library.Release, frames: int, height: int, width: int, chunks: ChunkPattern | None):
     """UserError where frames, sides or chunks do not divide."""
+    latents = library.latent_shape(found, frames, height, width)
     try:
-        latents = WanVAE(found.vae).latent_shape(frames, height, width)
         if chunks is not None:
             chunks.count(latents[0])
-        _, ph, pw = found.transformer.patch
-        if latents[1] % ph or latents[2] % pw:
-            side = found.vae.stride[1]
-            raise ValueError(f"--size={width}x{height} does not divide into patches of {side * pw}x{side * ph} pixels")
     except ValueError as error:
         raise UserError(str(error)) from error
     return latents

@@ -175,8 +175,10 @@ def _build(options: argparse.Namespace) -> int:
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
     from crcm_jax.cli import _data_makers as makers
     from crcm_jax.data.build import build
+    from crcm_jax.models.wan import library
 
-    settings = _settings(options, jobs, makers.latent_shape(options.model, options.frames, height, width))
+    shape = library.latent_shape(library.release(options.model), options.frames, height, width)
+    settings = _settings(options, jobs, shape)
     shape = {"frames": options.frames, "height": height, "width": width, "per_device": options.batch}
 
     def maker() -> makers.FromVideos | makers.FromTeacher:
@@ -217,12 +219,12 @@ def _embed(options: argparse.Namespace) -> int:
         raise UsageError(f"--out={out}: the file must end in .pt")
     prompt = options.prompt if options.prompt_file is None else _read(options.prompt_file).strip()
 
-    from crcm_jax.cli._data_makers import STORED, check
+    from crcm_jax.cli._data_makers import STORED
     from crcm_jax.data import tensor_file
     from crcm_jax.models.wan import library
 
     found, weights = library.release(options.model), Path(options.weights)
-    check(weights, ("text_encoder",))
+    library.check(weights, ("text_encoder",))
     embedding = library.load_text_encoder(found, weights)([prompt])[0]
     draft = out.with_name(f".{out.name}.tmp")
     draft.write_bytes(tensor_file.dumps(embedding.astype(STORED)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -55,7 +56,12 @@ def make(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
             f"make the product of {', '.join(f'mesh.{name}' for name in AXES)} {len(chips)}"
         )
     _check(config, dict(zip(AXES, shape)))
-    grid = mesh_utils.create_device_mesh(shape, chips, allow_split_physical_axes=True)
+    return over(shape, chips)
+
+
+def over(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh with these lengths of `AXES` over exactly `devices`."""
+    grid = mesh_utils.create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -77,6 +83,11 @@ def _check(config, shape: dict[str, int]) -> None:
         lack = placement.indivisible(shape, model["heads"], (height // ph) * (width // pw))
         if lack:
             raise UsageError(f"{lack} of the {role}: use a divisor")
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """`tree`, whole on each device of the mesh, if there is one."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def samples(mesh: Mesh) -> NamedSharding:

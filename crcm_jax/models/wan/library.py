@@ -105,6 +105,19 @@ def recorded(folder: Path) -> dict[str, Any]:
     return _meta(path) if path.is_file() else {}
 
 
+def latent_shape(found: Release, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(frame, height, width, channel) of a clip's latents; UserError where frames or sides do not divide."""
+    try:
+        shape = WanVAE(found.vae).latent_shape(frames, height, width)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    _, ph, pw = found.transformer.patch
+    if shape[1] % ph or shape[2] % pw:
+        side = found.vae.stride[1]
+        raise UserError(f"--size={width}x{height} does not divide into patches of {side * pw}x{side * ph} pixels")
+    return shape
+
+
 def check(folder: Path, names: Sequence[str]) -> None:
     """UserError, one sentence, where a part's file is missing: known before minutes are spent on reading another."""
     if not folder.is_dir():
