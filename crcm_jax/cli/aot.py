@@ -11,7 +11,8 @@ from crcm_jax.errors import UsageError, UserError, blame_config
 HELP = "compile the train step for a TPU slice, or cut it up for GPUs, on any machine, and say what it needs"
 EXAMPLE = "crcm aot --config=configs/wan2_1.py:tf,14b --topology=v5p:2x4x4 --config.mesh.fsdp=4 --config.mesh.context=8"
 
-_USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--config.KEY=VALUE …] [--trace] [--row]
+_USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--config.KEY=VALUE …]
+                [--trace] [--no-code] [--row]
 
 {HELP[0].upper()}{HELP[1:]}.
 Nothing runs and no weights are needed.
@@ -21,6 +22,8 @@ Nothing runs and no weights are needed.
                the libtpu wheel. h200:8, h100:8x4: GPUs in a machine, and machines; the program is cut up, not compiled
   --config.mesh.{{data,fsdp,context,tensor}}   how the devices are used; the product is their number
   --trace      stop before the compiler, which takes minutes: weights and work are known by then
+  --no-code    for TPUs: stop before machine code is generated, which takes most of the time. Memory, but for the
+               program's own, and collectives are settled by then
   --row        print a row of a Markdown table in place of the report
 
 for example:
@@ -33,6 +36,8 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     # No chip is opened, so that another process may use libtpu meanwhile.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # The compiler writes nothing of a program that comes out of JAX's cache.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 """What lets libtpu load on a machine that is no TPU host."""
 
@@ -77,7 +82,7 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help", "-help") for word in argv):
         print(_USAGE)
         return 0
-    switches = {word for word in argv if word in ("--trace", "--row")}
+    switches = {word for word in argv if word in ("--trace", "--no-code", "--row")}
     config, topology, name = parse([word for word in argv if word not in switches])
     os.environ.update(_ENVIRONMENT)
 
@@ -101,9 +106,10 @@ def main(argv: list[str]) -> int:
     if lack:
         raise UserError(lack)
     layer = ahead.layer_bytes(run.inputs)
+    compile_step = ahead.optimise_step if "--no-code" in switches and target.on_chip else ahead.compile_step
     for player in ("student",) if run.algorithm.critic is None else ("student", "critic"):
         traced = ahead.trace_step(run, player)
-        compiled = None if "--trace" in switches else ahead.compile_step(run, traced)
+        compiled = None if "--trace" in switches else compile_step(run, traced)
         if "--row" in switches:
             names = name, topology, mesh, str(config.data.batch_size), player, f"{sum(kept.values()) / _GIB:.3g}"
             print(_row(names, traced, compiled, layer), flush=True)
@@ -122,17 +128,17 @@ def _report(traced, compiled, target, layer: int) -> str:
     if compiled is None:
         return "\n".join(lines)
     links = compiled.link_seconds
-    room, how = target.chip.hbm, "compiled" if target.on_chip else "cut up on CPU devices"
+    room, how = target.chip.hbm, "cut up on CPU devices"
     memory = "memory beyond the above is not known: that takes the compiler for these GPUs"
     if target.on_chip:
-        held, peak = compiled.arguments / _GIB, compiled.peak / _GIB
+        how = "compiled" if compiled.code else "optimised, no machine code generated,"
+        held, peak, code = (size / _GIB for size in (compiled.arguments, compiled.peak, compiled.code))
         memory = (
             f"{peak:.2f} of {room / _GIB:.0f} GiB on each device ({100 * compiled.peak / room:.0f} %): "
-            f"{held:.2f} state and batch, {peak - held:.2f} temporary"
+            f"{held:.2f} state and batch, {peak - held - code:.2f} temporary, "
+            + (f"{code:.2f} program" if code else "and the program, not known")
         )
     lines += [f"  {how} in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU), not run", f"  {memory}"]
-    if compiled.collectives is None:
-        return "\n".join([*lines, "  collectives are not known: this JAX cannot read the compiled program back"])
     gather = "no more" if compiled.largest_gather <= layer else "MORE"
     lines += [
         "  collectives         in the program   runs a step   GB a step   largest, MB    sent, GB",
@@ -160,8 +166,7 @@ def _row(names: tuple[str, ...], traced, compiled, layer: int) -> str:
     if compiled is not None:
         known["compiled in, CPU s"] = f"{compiled.cpu_seconds:.0f}"
         if compiled.peak:
-            known["peak, GiB"] = f"{compiled.peak / _GIB:.3g}"
-    if compiled is not None and compiled.collectives is not None:
+            known["peak, GiB"] = f"{compiled.peak / _GIB:.3g}" + ("" if compiled.code else " + program")
         moved = {c.kind: c.bytes / 1e9 for c in compiled.collectives}
         known |= {
             "all-gather, GB": f"{moved.get('all-gather', 0):.3g}",

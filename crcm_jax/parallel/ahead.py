@@ -10,8 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import multiprocessing
 import re
+import resource
+import tempfile
 import time
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +27,7 @@ from ml_collections import ConfigDict
 from crcm_jax import build
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.objectives.algorithm import Algorithm
-from crcm_jax.parallel import chips, flops, hlo, plan, rules
+from crcm_jax.parallel import chips, dumps, flops, hlo, plan, rules
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
@@ -34,6 +38,7 @@ from pallas_kernels.attention import mosaic_tpu
 class Target(NamedTuple):
     """What to compile for. machine: how many devices one fast network joins; on_chip: whether for the chip itself."""
 
+    topology: str
     devices: list[Any]
     chip: chips.Chip
     machine: int
@@ -80,19 +85,20 @@ class Compiled(NamedTuple):
     arguments: int
     """State and frozen trees: what `plan` counts, padded as the chip lays arrays out."""
     peak: int
-    """Arguments, activations, gradients, buffers of communication, and the program itself."""
-    collectives: list[hlo.Collective] | None
-    """None where the compiled program cannot be read back."""
+    """Arguments, activations, gradients, buffers of communication, and the program itself, if there is one."""
+    code: int
+    """The program itself; 0 where the compiler stopped before it."""
+    collectives: list[hlo.Collective]
 
     @property
     def link_seconds(self) -> float:
         """Everything that is sent, one after another, at the links' peak."""
-        return sum(c.seconds for c in self.collectives or ())
+        return sum(c.seconds for c in self.collectives)
 
     @property
     def largest_gather(self) -> int:
         """Bytes of the largest all-gather's result."""
-        return max((c.largest for c in self.collectives or () if c.kind == "all-gather"), default=0)
+        return max((c.largest for c in self.collectives if c.kind == "all-gather"), default=0)
 
 
 def target(topology: str) -> Target:
@@ -108,7 +114,7 @@ def target(topology: str) -> Target:
         devices = jax.devices("cpu")
         if len(devices) < gpus.count:
             raise UserError(f"--topology={topology} needs a process of its own: this one has {len(devices)} devices")
-        return Target(devices[: gpus.count], gpus.chip, gpus.machine, on_chip=False)
+        return Target(topology, devices[: gpus.count], gpus.chip, gpus.machine, on_chip=False)
     try:
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
@@ -120,7 +126,7 @@ def target(topology: str) -> Target:
             f"--topology={topology} is not one that libtpu knows: use a generation and the chips along each side, "
             "for example v5p:2x2x1, v5p:4x4x8, v6e:16x16 or tpu7x:2x2x1, or GPUs by count, h200:8 or h100:8x4"
         ) from error
-    return Target(devices, chips.tpu(devices[0].device_kind), len(devices), on_chip=True)
+    return Target(topology, devices, chips.tpu(devices[0].device_kind), len(devices), on_chip=True)
 
 
 def prepare(config: ConfigDict, target: Target) -> Run:
@@ -151,25 +157,33 @@ def trace_step(run: Run, player: str) -> Traced:
 
 def compile_step(run: Run, step: Traced) -> Compiled:
     """Compiles a traced step. UserError if it needs more memory than a device has, by how much, and what to do."""
-    chip, devices = run.target.chip, len(run.target.devices)
     began, cpu_began = time.perf_counter(), time.process_time()
-    compiled = _compile(run, step)
-    seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    arguments = peak = 0
-    if run.target.on_chip:
+    with tempfile.TemporaryDirectory(prefix="crcm_aot_") as folder:
+        compiled = _compile(run, step.player, step.program, folder)
+        seconds = time.perf_counter() - began, time.process_time() - cpu_began
+        if not run.target.on_chip:
+            return Compiled(*seconds, 0, 0, 0, _collectives(run, compiled.as_text()))
         memory = compiled.memory_analysis()
-        arguments = memory.argument_size_in_bytes
-        peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        if peak > chip.hbm:
-            raise UserError(_lack(run, step.player, peak, chip.hbm))
-    speed = functools.partial(chips.speed, chip, run.target.machine)
-    try:
-        found = hlo.collectives(compiled.as_text(), devices, speed, _rolls(run))
-    except jax.errors.JaxRuntimeError:
-        # jaxlib 0.10.2 cannot print some of libtpu's asynchronous instructions; the rest of the report holds.
-        found = None
-    return Compiled(*seconds, arguments, peak, found)
+        arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+        peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes + code
+        _check(run, step.player, peak)
+        return Compiled(*seconds, arguments, peak, code, _collectives(run, dumps.text(folder)))
+
+
+def optimise_step(run: Run, step: Traced) -> Compiled:
+    """As `compile_step`, for a TPU, without the machine code, which takes most of the time: memory and collectives are
+    settled before it.
+
+    The compiler cannot be told to stop there. So it works in a process of its own, which traces the step again, and is
+    ended as soon as the optimised program is written.
+    """
+    began, cpu_began = time.perf_counter(), _cpu_of_children()
+    with tempfile.TemporaryDirectory(prefix="crcm_aot_") as folder:
+        _optimise_elsewhere(run, step.player, folder)
+        seconds = time.perf_counter() - began, _cpu_of_children() - cpu_began
+        arguments, peak = dumps.memory(folder)
+        _check(run, step.player, peak)
+        return Compiled(*seconds, arguments, peak, 0, _collectives(run, dumps.text(folder)))
 
 
 def layer_bytes(inputs: Inputs) -> int:
@@ -226,19 +240,66 @@ def _trace(run: Run, algorithm: Algorithm, player: str):
         return steps[player == "critic"].trace(*run.inputs)
 
 
-def _compile(run: Run, step: Traced):
+def _compile(run: Run, player: str, program: Any, folder: str):
+    """program: `jax.stages.Traced`; folder: for what the compiler writes beside."""
     if not run.target.on_chip:
         # Only how the program is cut up is of interest, not how well a CPU would run it.
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return step.program.lower().compile(compiler_options=options)
+        return program.lower().compile(compiler_options=options)
+    options = dumps.options(folder, f"{player}_step")
     try:
-        return step.program.lower(lowering_platforms=("tpu",)).compile()
+        return program.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
         if not used:
             raise
         need, has = (float(used[i]) * 1024 ** " KMGT".index(used[i + 1] or " ") for i in (1, 3))
-        raise UserError(_lack(run, step.player, need, has)) from error
+        raise UserError(_lack(run, player, need, has)) from error
+
+
+def _optimise_elsewhere(run: Run, player: str, folder: str) -> None:
+    """Returns once `folder` is complete. UserError as `_compile`; RuntimeError if the compiler gave up."""
+    processes = multiprocessing.get_context("spawn")
+    answers, answer = processes.Pipe(duplex=False)
+    arguments = run.config, run.target.topology, player, folder, answer
+    process = processes.Process(target=_optimise_here, args=arguments, daemon=True)
+    process.start()
+    answer.close()
+    try:
+        while not dumps.complete(folder):
+            if answers.poll(0.2):
+                raise answers.recv()
+    except EOFError:
+        process.join()
+        if not dumps.complete(folder):
+            raise RuntimeError(f"the compiler ended with {process.exitcode}; it says above why") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _optimise_here(config: ConfigDict, topology: str, player: str, folder: str, answer: Connection) -> None:
+    """In the process that `_optimise_elsewhere` ends."""
+    try:
+        run = prepare(config, target(topology))
+        _compile(run, player, _trace(run, run.algorithm, player), folder)
+    except UserError as error:
+        answer.send(error)
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _check(run: Run, player: str, peak: int) -> None:
+    if peak > run.target.chip.hbm:
+        raise UserError(_lack(run, player, peak, run.target.chip.hbm))
+
+
+def _collectives(run: Run, text: str) -> list[hlo.Collective]:
+    speed = functools.partial(chips.speed, run.target.chip, run.target.machine)
+    return hlo.collectives(text, len(run.target.devices), speed, _rolls(run))
 
 
 def _rolls(run: Run) -> int:
