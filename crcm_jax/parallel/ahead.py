@@ -34,6 +34,11 @@ from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.step import make_steps
 from pallas_kernels.attention import mosaic_tpu
 
+# How libtpu says that a program needs more memory than there is; of temporaries, where they alone are too much.
+_NEEDED = re.compile(
+    r"(?:Used|temporaries) \(?([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)\b"
+)
+
 
 class Target(NamedTuple):
     """What to compile for. machine: how many devices one fast network joins; on_chip: whether for the chip itself."""
@@ -250,7 +255,7 @@ def _compile(run: Run, player: str, program: Any, folder: str):
     try:
         return program.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+        used = _NEEDED.search(str(error))
         if not used:
             raise
         need, has = (float(used[i]) * 1024 ** " KMGT".index(used[i + 1] or " ") for i in (1, 3))

@@ -195,9 +195,16 @@ def test_without_libtpu_the_user_is_told_what_to_install(compiler, monkeypatch):
         aot.main(["--config=configs/digits.py:tf", "--topology=v5p:2x2x1"])
 
 
-def test_a_step_that_the_compiler_finds_too_large_is_one_sentence():
+@pytest.mark.parametrize(
+    "found",
+    [
+        "Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded …",
+        "CompileTimeHbmOom: … the total memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G). …",
+    ],
+)
+def test_a_step_that_the_compiler_finds_too_large_is_one_sentence(found):
     def refuse():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded …")
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {found}")
 
     program = SimpleNamespace(lower=lambda **_: SimpleNamespace(compile=lambda **_: refuse()))
     mesh = AbstractMesh((1, 4, 1, 1), meshes.AXES)
