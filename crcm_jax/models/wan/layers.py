@@ -99,10 +99,11 @@ def rotate(x, rope):
 
     x `[batch, frame, token, head, channel]`; rope = (cos, sin), each `[frame, token, channel/2]`, in wide precision.
     """
-    cos, sin = (table[None, :, :, None, :] for table in rope)
+    cos, sin = (table[None, :, :, None, :, None] for table in rope)
     pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
+    # Each pair beside itself the other way round, not both halves put together: one pass over memory, forward and back.
+    pairs = pairs * cos + jnp.flip(pairs, -1) * (sin * jnp.array([-1, 1], sin.dtype))
+    return pairs.reshape(x.shape).astype(x.dtype)
 
 
 class Attention(nnx.Module):
