@@ -42,11 +42,16 @@ PROGRAM = """
   ROOT %s = f32[4,4] dynamic-slice(%r, %i, %j)
 }
 
+%called_computation.5 (x: f32[8]) -> f32[8] {
+  ROOT %a = f32[8] all-to-all(%x), replica_groups=[4,2]<=[8]
+}
+
 ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %w = (s32[], f32[8,4], bf16[2,4]) while(%t), condition=%condition, body=%bodyNOTED
   %r = (f32[8,4], f32[8,4]) all-reduce-start(%y), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %s = f32[2,4] reduce-scatter(%y), replica_groups={}, to_apply=%add
   %f = f32[4,4] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3
+  %e = f32[8] custom-call(%y), custom_call_target="SparseCore", called_computations={%called_computation.5}
   ROOT %d = f32[8,4] all-reduce-done(%r)
 }
 """
@@ -70,6 +75,8 @@ def test_collectives_count_as_often_as_their_loops_run(noted):
     sent = 7 * 32, 3 * 64
     seconds = sent[0] / 8 + sent[1] / 4
     assert found["reduce-scatter"] == hlo.Collective("reduce-scatter", 2, 2, 32 + 64, 64, sum(sent), seconds)
+    # What another core of the chip does for the one that runs the program.
+    assert found["all-to-all"] == hlo.Collective("all-to-all", 1, 1, 32, 32, 16, 16 / 2)
 
 
 @pytest.mark.parametrize(
