@@ -17,19 +17,19 @@ ROOM = 0.6
 """The share of a device's memory that whole weights may take: the rest is for caches and activations."""
 
 
-def choose(text: str | None, prompts: int, heads: int, tokens: int, weights: int) -> Mesh | None:
+def choose(text: str | None, prompts: int, heads: int, weights: int) -> Mesh | None:
     """The mesh of `--mesh=TEXT`, such as `data=2,context=4`, or a fitting one of all local devices; None for just one.
 
-    prompts: clips that there are; heads, tokens: of the network, and of a latent frame; weights: bytes of it all.
-    By default prompts are cut over as many devices as there are, and what is left cuts heads and tokens as far as they
-    divide. Weights that take more than `ROOM` of a device are cut as well. UsageError for a mesh that cannot be.
+    prompts: clips that there are; heads: of the network; weights: its bytes. By default prompts are cut over as many
+    devices as there are, and what is left cuts heads and tokens as far as heads divide. Weights that take more than
+    `ROOM` of a device are cut as well. UsageError for a mesh that cannot be.
     """
     devices = jax.local_devices()
-    shape = _asked(text) if text else _usual(len(devices), prompts, heads, tokens, _fits(devices[0], weights))
+    shape = _asked(text) if text else _usual(len(devices), prompts, heads, _fits(devices[0], weights))
     size = math.prod(shape.values())
     if size > len(devices):
         raise UsageError(f"--mesh={text} needs {size} devices and there are {len(devices)}")
-    if lack := indivisible(shape, heads, tokens):
+    if lack := indivisible(shape, heads):
         raise UsageError(f"--mesh={text}: {lack}: use a divisor")
     words = meshes.describe(tuple(shape.values()))
     if len(devices) > 1:
@@ -49,7 +49,7 @@ def _asked(text: str) -> dict[str, int]:
     return dict(zip(meshes.AXES, meshes.sizes({"mesh": {name: int(number) for name, _, number in parts}})))
 
 
-def _usual(devices: int, prompts: int, heads: int, tokens: int, fits: bool) -> dict[str, int]:
+def _usual(devices: int, prompts: int, heads: int, fits: bool) -> dict[str, int]:
     samples, within = ("data", "context") if fits else ("fsdp", "tensor")
 
     def shape(n: int, m: int) -> dict[str, int]:
@@ -57,7 +57,7 @@ def _usual(devices: int, prompts: int, heads: int, tokens: int, fits: bool) -> d
 
     n = max(d for d in range(1, devices + 1) if devices % d == 0 and d <= max(prompts, 1))
     most = devices // n
-    return next(s for m in range(most, 0, -1) if not indivisible(s := shape(n, m), heads, tokens))
+    return next(s for m in range(most, 0, -1) if not indivisible(s := shape(n, m), heads))
 
 
 def _fits(device: Any, weights: int) -> bool:

@@ -84,9 +84,8 @@ def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Sour
     chunks = None if isinstance(solver, Whole) else build.chunk_pattern(config)
     picture = _picture(options.image, chunks)
     codec, data = build.codec(config), config.data
-    plain = build.network(config)
-    tokens, leaves = _tokens(plain, codec.latent_shape(data.frames, data.height, data.width)), jax.tree.leaves(params)
-    mesh = choose(options.mesh, len(prompts), plain.config.heads, tokens, sum(leaf.nbytes for leaf in leaves))
+    heads, weights = build.network(config).config.heads, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    mesh = choose(options.mesh, len(prompts), heads, weights)
     if mesh is not None:
         params = jax.device_put(params, rules.shardings(params, mesh))
     image = None
@@ -113,10 +112,10 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
         raise UsageError("--crop-image belongs to image-to-video models, which see their image through CLIP")
     picture = _picture(options.image, chunks, found.image is not None)
     frames, (width, height) = options.frames or 81, options.size or _size(found, picture)
-    plain = WanTransformer(found.transformer, chunks)
-    tokens = _tokens(plain, _latent_shape(found, frames, height, width, chunks))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(library.transformer_shapes(plain)))
-    mesh = choose(options.mesh, len(prompts), found.transformer.heads, tokens, weights)
+    _check_shape(found, frames, height, width, chunks)
+    shapes = jax.tree.leaves(library.transformer_shapes(WanTransformer(found.transformer, chunks)))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
+    mesh = choose(options.mesh, len(prompts), found.transformer.heads, weights)
     network = WanTransformer(found.transformer, chunks, Placement(mesh))
     library.check(folder, found.files)
     print(f"crcm: {options.model}, {solvers.describe(solver, guidance, meta)}", file=sys.stderr)
@@ -161,7 +160,7 @@ def _chunks(options: argparse.Namespace, meta: dict[str, Any]) -> ChunkPattern:
     return ChunkPattern(**{"first": 1, "size": 1, **((meta.get("config") or {}).get("chunks") or {})})
 
 
-def _latent_shape(found: library.Release, frames: int, height: int, width: int, chunks: ChunkPattern | None):
+def _check_shape(found: library.Release, frames: int, height: int, width: int, chunks: ChunkPattern | None) -> None:
     """UserError where frames, sides or chunks do not divide."""
     latents = library.latent_shape(found, frames, height, width)
     try:
@@ -169,13 +168,6 @@ def _latent_shape(found: library.Release, frames: int, height: int, width: int, 
             chunks.count(latents[0])
     except ValueError as error:
         raise UserError(str(error)) from error
-    return latents
-
-
-def _tokens(network: WanTransformer, latents: tuple[int, ...]) -> int:
-    """Of a frame."""
-    _, ph, pw = network.config.patch
-    return (latents[1] // ph) * (latents[2] // pw)
 
 
 def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):

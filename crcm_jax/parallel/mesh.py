@@ -10,9 +10,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from crcm_jax import build
 from crcm_jax.errors import UsageError
-from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.parallel import placement
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -76,12 +74,9 @@ def _check(config, shape: dict[str, int]) -> None:
         raise UsageError(f"data.batch_size={batch} does not divide over {parts_of}: use a multiple of it")
     if shape["context"] * shape["tensor"] == 1:
         return
-    _, height, width, _ = build.codec(config).latent_shape(config.data.frames, config.data.height, config.data.width)
     for role in ("student", *config.get("sizes", {})):
         model = {**config.model, **config.get("sizes", {}).get(role, {})}
-        _, ph, pw = model.get("patch", WanConfig.patch)
-        lack = placement.indivisible(shape, model["heads"], (height // ph) * (width // pw))
-        if lack:
+        if lack := placement.indivisible(shape, model["heads"]):
             raise UsageError(f"{lack} of the {role}: use a divisor")
 
 

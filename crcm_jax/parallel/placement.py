@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,13 +28,18 @@ HEADS = "tensor"
 """The axis over which heads and feed-forward width are cut; in self-attention heads are cut over TOKENS as well."""
 
 
-def indivisible(shape: Mapping[str, int], heads: int, tokens: int = 0) -> str | None:
-    """Which of them a mesh of `shape` cannot cut, heads or tokens of a frame, as a sentence's beginning; or None."""
-    across, along = shape[HEADS] * shape[TOKENS], shape[TOKENS]
-    if heads % across:
-        cut = f"mesh.{HEADS}={across}" if along == 1 else f"mesh.{HEADS} × mesh.{TOKENS} = {across}"
-        return f"{cut} does not divide the {heads} heads"
-    return f"mesh.{TOKENS}={along} does not divide the {tokens} tokens of a frame" if tokens % along else None
+ALIGNED = 8
+"""Of how many tokens a device's share of a clip is a multiple. cuBLAS's fast kernels take bfloat16 matrices whose sides
+are; where they are not, XLA copies every matrix into one whose sides are, before every product."""
+
+
+def indivisible(shape: Mapping[str, int], heads: int) -> str | None:
+    """That a mesh of `shape` cannot cut so many heads, as a sentence's beginning; or None."""
+    across = shape[HEADS] * shape[TOKENS]
+    if heads % across == 0:
+        return None
+    cut = f"mesh.{HEADS}={across}" if shape[TOKENS] == 1 else f"mesh.{HEADS} × mesh.{TOKENS} = {across}"
+    return f"{cut} does not divide the {heads} heads"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +55,9 @@ class Placement:
         if self.mesh is not None and self.mesh.size == 1:
             object.__setattr__(self, "mesh", None)
 
-    def check(self, heads: int, tokens: int = 0) -> None:
-        """ValueError where so many heads, or tokens a frame, cannot be cut over the mesh."""
-        if self.mesh is not None and (lack := indivisible(self.mesh.shape, heads, tokens)):
+    def check(self, heads: int) -> None:
+        """ValueError where so many heads cannot be cut over the mesh."""
+        if self.mesh is not None and (lack := indivisible(self.mesh.shape, heads)):
             raise ValueError(f"{lack}: use a divisor")
 
     # Activations.
@@ -64,23 +70,37 @@ class Placement:
         """x `[batch, frame, token, …]`, as it lies between attentions."""
         return self._pin(x, P(self._over_samples(x.shape[0]), None, TOKENS))
 
+    def filled(self, tokens: int, frames: int) -> int:
+        """How many tokens a frame of a clip has between attentions, of which the first `tokens` count.
+
+        Each device gets equally many, and of the clip a multiple of `ALIGNED`.
+        """
+        if self._tokens_whole():
+            return tokens
+        devices = self.mesh.shape[TOKENS]
+        share = -(-tokens // devices)
+        while share * frames % ALIGNED:
+            share += 1
+        return share * devices
+
     def cache(self, x):
         """Keys or values `[…, batch, token, head, channel]`, cut by heads: no pass against them gathers any."""
         return self._pin(x, P(*[None] * (x.ndim - 4), *self._by_heads(x.shape[-4])))
 
-    def to_heads(self, x):
-        """`[batch, frame, token, head, channel]`, tokens cut → `[batch, frame·token, head, channel]`, heads cut."""
+    def to_heads(self, x, tokens: int):
+        """`[batch, frame, token, head, channel]`, tokens cut → `[batch, frame·token, head, channel]`, heads cut, of the
+        first `tokens` of each frame."""
         if self._tokens_whole():
             return _flat(x)
 
         def exchange(x):
-            return _flat(jax.lax.all_to_all(x, TOKENS, 3, 2, tiled=True))
+            return _flat(jax.lax.all_to_all(x, TOKENS, 3, 2, tiled=True)[:, :, :tokens])
 
         samples = self._over_samples(x.shape[0])
         return self._map(exchange, (P(samples, None, TOKENS, HEADS),), self._by_heads(x.shape[0]))(x)
 
-    def to_tokens(self, x, frames: int):
-        """The inverse of `to_heads` for a clip of `frames`."""
+    def to_tokens(self, x, frames: int, filled: int):
+        """The inverse of `to_heads` for a clip of `frames`, with zeros up to `filled` tokens a frame."""
 
         def unflat(x):
             return x.reshape(x.shape[0], frames, -1, *x.shape[2:])
@@ -89,7 +109,7 @@ class Placement:
             return unflat(x)
 
         def exchange(x):
-            return jax.lax.all_to_all(unflat(x), TOKENS, 2, 3, tiled=True)
+            return jax.lax.all_to_all(fill(unflat(x), 2, filled), TOKENS, 2, 3, tiled=True)
 
         samples = self._over_samples(x.shape[0])
         return self._map(exchange, (self._by_heads(x.shape[0]),), P(samples, None, TOKENS, HEADS))(x)
@@ -144,13 +164,14 @@ class Placement:
             return params
 
         def leaf(path, x):
-            spec, _ = rules.spec(f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", x.shape, self.mesh)
-            if "fsdp" not in spec:
+            of = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", x.shape, self.mesh
+            (cut, _), (pieces, _) = rules.spec(*of), rules.spec(*of, pieces=True)
+            if cut == pieces and "fsdp" not in cut:
                 return x
-            cut, whole = P(*spec), P(*(None if axis == "fsdp" else axis for axis in spec))
+            whole = P(*(None if axis == "fsdp" else axis for axis in cut))
             # The transpose of a plain constraint would be the same one: a gradient held whole on every device.
-            gather, scatter = (lambda _, x, to=to: self._pin(x, to) for to in (whole, cut))
-            return linear_call(gather, scatter, (), scatter((), x if dtype is None else x.astype(dtype)))
+            gather, scatter = (lambda _, x, to=to: self._pin(x, to) for to in (whole, pieces))
+            return linear_call(gather, scatter, (), self._pin(x if dtype is None else x.astype(dtype), cut))
 
         return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -176,6 +197,11 @@ class Placement:
 
 
 ONE_DEVICE = Placement()
+
+
+def fill(x, axis: int, length: int):
+    """x with zeros at the end of an axis, to that length."""
+    return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
 
 def _flat(x):

@@ -36,31 +36,40 @@ RULES: tuple[tuple[str, P], ...] = (
 """(regular expression, how that leaf is cut); the first that matches the end of a leaf's name, others stay whole."""
 
 
-def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, str | None]:
+_PIECES = re.compile(r"(ema|opt|critic_opt)/")
+"""What of a train state only an update reads."""
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, pieces: bool = False) -> tuple[P, str | None]:
     """(how the leaf called `name` is cut, why an axis that `RULES` would cut is whole instead, or None).
 
     A leaf of one layer, `…/blocks/0/self_attn/q/kernel`, is cut as its layer is within the stack.
+    pieces: cut it over context too where fsdp cuts it, as gradients are, averages and optimisers. Weights are not: each
+    device multiplies its tokens with all of them.
     """
     stacked = re.sub(r"(^|/)blocks/\d+/", r"\1blocks/", name)
     rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", stacked)), P())
     rule = rule if stacked == name else rule[1:]
+    further = mesh.shape["context"] if pieces or _PIECES.match(name) else 1
     axes, reason = [], None
     for length, axis in zip(shape, rule):
         parts = 1 if axis is None else mesh.shape[axis]
         if length % parts:
             reason, axis = f"{name} {list(shape)}: {length} does not divide over {axis} = {parts}", None
+        elif axis == "fsdp" and further > 1 and length % (parts * further) == 0:
+            axis, parts = ("fsdp", "context") if parts > 1 else "context", parts * further
         axes.append(axis if parts > 1 else None)
     return P(*axes), reason
 
 
-def shardings(tree: Any, mesh: Mesh, say: Callable[[str], None] | None = None) -> Any:
+def shardings(tree: Any, mesh: Mesh, say: Callable[[str], None] | None = None, *, pieces: bool = False) -> Any:
     """A `NamedSharding` for every leaf of `tree` (arrays, or anything with a shape), in its structure.
 
-    say: is told, in one line, of every leaf that stays whole because it does not divide.
+    say: is told, in one line, of every leaf that stays whole because it does not divide. pieces: as `spec` has it.
     """
 
     def place(path, leaf):
-        where, reason = spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
+        where, reason = spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh, pieces=pieces)
         if reason and say:
             say(f"replicated: {reason}")
         return NamedSharding(mesh, where)
@@ -78,16 +87,21 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def in_pieces(tree: Any, mesh: Mesh) -> Any:
+    """Parameters, or what is shaped like them, within a program, cut as an update reads them."""
+    return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, pieces=True))
+
+
 def cut_gradients(algorithm: Algorithm, mesh: Mesh) -> Algorithm:
-    """`algorithm` with each gradient cut as its parameters are: summed by reduce-scatter, never held whole."""
+    """`algorithm` with its gradients in pieces: summed by reduce-scatter, never held whole."""
 
     def cut(grad_fn: GradFn | None) -> GradFn | None:
-        if grad_fn is None or mesh.size == 1:
+        if grad_fn is None:
             return grad_fn
 
         def placed(params, *args):
             result, grads = grad_fn(params, *args)
-            return result, jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
+            return result, in_pieces(grads, mesh)
 
         return placed
 

@@ -175,10 +175,7 @@ def _gradient(run: Run, network, **view) -> Callable:
         def total(params):
             return jnp.sum(cotangent * network.velocity(params, x, t, cond, **view))
 
-        grads = jax.grad(total)(params)
-        return (
-            grads if run.mesh.size == 1 else jax.lax.with_sharding_constraint(grads, rules.shardings(grads, run.mesh))
-        )
+        return rules.in_pieces(jax.grad(total)(params), run.mesh)
 
     return gradient
 
@@ -264,12 +261,12 @@ class Timing(NamedTuple):
     peak: int
 
 
-def measure(row: Row, repeats: int, profile: str | None = None) -> Timing:
-    """Compiles a row and times it: the fastest of `repeats` calls after one untimed."""
+def measure(row: Row, repeats: int, devices: int, profile: str | None = None) -> Timing:
+    """Compiles a row for so many devices and times it: the fastest of `repeats` calls after one untimed."""
     jitted = row.function
     if not hasattr(jitted, "lower"):
         donate = {"donate_argnums": 0} if row.again else {}
-        jitted = jax.jit(row.function, compiler_options=compiler.options(), **donate)
+        jitted = jax.jit(row.function, compiler_options=compiler.options(devices), **donate)
     arguments = list(row.arguments())
     began = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()
@@ -342,7 +339,7 @@ def main(arguments=None) -> None:
         if not any(word.strip() in row.name for word in a.only.split(",")):
             continue
         profile = a.profile if row.name.startswith("step") else None
-        took = measure(row, a.repeats, profile)
+        took = measure(row, a.repeats, devices, profile)
         print(_report(row, took, devices, 1e12 * a.ceiling), flush=True)
         if profile:
             print(kernel_times.table(profile))

@@ -19,6 +19,7 @@ from crcm_jax import compiler
 from crcm_jax.errors import UsageError
 from crcm_jax.models.base import Params
 from crcm_jax.objectives.algorithm import Algorithm, Batch, GradFn, Progress
+from crcm_jax.parallel import rules
 from crcm_jax.train import ema
 from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.state import TrainState
@@ -182,6 +183,12 @@ def make_steps(
     """
     gamma = ema.exponent(ema_rate)
 
+    mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
+
+    def pieces(params):
+        """Each device updates its own part of what it holds."""
+        return params if mesh is None else rules.in_pieces(params, mesh)
+
     def advance(state, size, kept, learnt, metrics, **changes):
         streak = jnp.where(learnt, 0, state.bad_streak + 1)
         state = state.replace(
@@ -208,7 +215,8 @@ def make_steps(
             others = others | {"critic": state.critic}
         progress = state.progress
         gradient, size = gradient_of(algorithm.student, state.params, others, batch, progress, "student")
-        params, opt, learnt, metrics = _apply(optimizer, gradient, size, state.params, state.opt)
+        params, opt, learnt, metrics = _apply(optimizer, gradient, size, pieces(state.params), state.opt)
+        params = pieces(params)
         metrics |= _damaged(batch)
         averaged = ema.update(state.ema, params, progress.student_updates, gamma)
         averaged = jax.tree.map(lambda new, old: jnp.where(learnt, new, old), averaged, state.ema)
@@ -220,12 +228,13 @@ def make_steps(
         others = others | {"student": state.params}
         progress = state.progress
         gradient, size = gradient_of(algorithm.critic, state.critic, others, batch, progress, "critic")
-        critic, opt, learnt, metrics = _apply(critic_optimizer, gradient, size, state.critic, state.critic_opt)
+        critic, opt, learnt, metrics = _apply(critic_optimizer, gradient, size, pieces(state.critic), state.critic_opt)
+        critic = pieces(critic)
         metrics |= _damaged(batch)
         progress = progress._replace(iteration=progress.iteration + 1, critic_updates=progress.critic_updates + 1)
         changes = {"critic": critic, "critic_opt": opt, "progress": progress}
         return advance(state, size, gradient.kept, learnt, metrics, **changes)
 
-    options = compiler.options()
+    options = compiler.options(1 if mesh is None else mesh.size)
     jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     return jit(student_step), None if algorithm.critic is None else jit(critic_step)

@@ -17,8 +17,7 @@ ROUNDING = 1e-4
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     pytest.importorskip("ftfy", reason="needs ftfy (pip install -e .[text])")
-    # At these sizes the time goes into compiling: leave LLVM's optimisations out.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     paths = os.pathsep.join(str(Path(__file__).parents[i]) for i in (1, 2))
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     command = [

@@ -49,6 +49,11 @@ def zero_params():
     return {name: jnp.zeros((), jnp.float64) for name in ("scale", "shift", "gain", "memory")}
 
 
+def wrong_params(name, by=0.2):
+    """All but one parameter right; of the closed form's types, weak ones too, so that no program compiles again."""
+    return {**zero_params(), name: jnp.asarray(by, jnp.float64)}
+
+
 def condition(batch) -> Condition:
     return Condition(text=jnp.zeros((batch, 1, 1)))
 
@@ -176,5 +181,5 @@ def assert_minimum(losses, wrong=0.2, sigmas=4.0, power=12.0, names=("scale", "s
     for name, (mean, error) in statistics(zero_params()).items():
         assert abs(mean) < sigmas * error + 1e-12, f"{name}: {mean} ± {error}"
     for name in names:
-        mean, error = statistics({**zero_params(), name: jnp.asarray(wrong)})[name]
+        mean, error = statistics(wrong_params(name, wrong))[name]
         assert mean > power * error, f"{name} off by {wrong}: {mean} ± {error}"

@@ -106,7 +106,7 @@ def test_continuous_consistency():
     assert float(jnp.abs(losses).max()) < 1e-18
     assert max(float(jnp.abs(g).max()) for g in each.values()) < 1e-9
     for name in world.zero_params():
-        _, each = losses_and_gradient({**world.zero_params(), name: jnp.asarray(0.2)})
+        _, each = losses_and_gradient(world.wrong_params(name))
         assert abs(float(each[name].mean())) > 1.0, name
 
 
@@ -147,16 +147,18 @@ def test_discrete_consistency():
     batch, cond, key = draw(2000)
     teacher, student = AnalyticNetwork(UNEVEN), AnalyticNetwork(UNEVEN, consistency=True)
 
-    def gradient(levels, params):
+    def gradient(levels):
         def loss(p):
             options = {"teacher_network": teacher, "teacher": world.zero_params(), "uncond": None, "chunks": UNEVEN}
             return jnp.mean(tf_dcm(student, p, batch, cond, key, levels=levels, **options)[0])
 
-        return {name: float(g) for name, g in tiny.jit(jax.grad(loss))(params).items()}
+        compiled = tiny.jit(jax.grad(loss))
+        return lambda params: {name: float(g) for name, g in compiled(params).items()}
 
-    coarse, fine = gradient(500, world.zero_params()), gradient(1000, world.zero_params())
+    gradients = gradient(500), gradient(1000)
+    coarse, fine = (at(world.zero_params()) for at in gradients)
     for name in coarse:
-        wrong = [gradient(levels, {**world.zero_params(), name: jnp.asarray(0.2)})[name] for levels in (500, 1000)]
+        wrong = [at(world.wrong_params(name))[name] for at in gradients]
         assert abs(fine[name]) < 0.02 * abs(wrong[1]), name
         # The levels drawn differ a little between the two (u < 1 − Δ).
         assert 3.6 < coarse[name] / fine[name] < 4.4, name
@@ -211,7 +213,7 @@ def test_distribution_matching():
     grads, metrics = dmd(student, world.zero_params(), same, updates=3)
     assert float(metrics["dmd_norm"].max()) == 0 and all(float(g) == 0 for g in grads.values())
     # One step from noise: every chunk moves by −shift, and so does what the next one sees of it.
-    moved, shape = {**world.zero_params(), "shift": jnp.asarray(0.3)}, (4000, *world.SHAPE)
+    moved, shape = world.wrong_params("shift", 0.3), (4000, *world.SHAPE)
     one_step = tiny.jit(
         lambda key: rollout(student, moved, world.condition(4000), key, StepPlan(), 1, shape, ONE).samples
     )

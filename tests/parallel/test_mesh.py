@@ -91,11 +91,6 @@ def test_a_mesh_that_cannot_be_is_one_sentence(mesh, says):
     assert "\n" not in str(error.value)
 
 
-def test_tokens_that_do_not_divide_are_one_sentence():
-    with pytest.raises(UsageError, match=r"mesh\.context=8 does not divide the 4 tokens of a frame of the student"):
-        meshes.make(config(heads=8, context=8), jax.devices() * 8)
-
-
 def test_the_teacher_has_to_divide_as_well():
     c = config(heads=8, tensor=4)
     c.sizes.teacher = ConfigDict({"heads": 6, "dim": 48})

@@ -28,10 +28,7 @@ def train(workdir: Path, cache: Path, settings: dict[str, object], steps: int) -
     devices = 1
     for key in together.MESH | {"mesh.tensor": 1}:
         devices *= settings.get(key, 1)
-    environment = together.ENVIRONMENT | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
+    environment = together.environment(devices) | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     words = [f"--config.{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "crcm_jax", "train", f"--config={together.ROOT}/configs/digits.py:tf"]
     command += [f"--workdir={workdir}", f"--config.train.steps={steps}", *words]

@@ -24,13 +24,20 @@ from crcm_jax.saving.weights import save_params
 from crcm_jax.train import assemble
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
+
+
+def environment(devices: int = 2) -> dict[str, str]:
+    """Of a process with so many CPU devices, which compiles in a hurry."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 MESH = {"mesh.data": 2, "mesh.fsdp": 2}
 """`data` goes across the two processes, `fsdp` stays within one."""
 
@@ -47,11 +54,11 @@ def start(command, *words, cache=None, which=(0, 1), wait=120) -> list[subproces
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--wait={wait}"]
-    environment = ENVIRONMENT | ({"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {})
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
     return [
         subprocess.Popen(
             [*command, *map(str, words), *options, f"--process={index}"],
-            **{"env": environment, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
+            **{"env": environment() | kept, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
         )
         for index in which
     ]

@@ -127,19 +127,20 @@ class Attention(nnx.Module):
         """`[…, heads·channel]` → `[…, head, channel]`."""
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
-    def project(self, x, rope):
-        """Rotated queries and keys, and values, `[batch, frame·token, head, channel]`, of tokens x."""
+    def project(self, x, rope, tokens: int):
+        """Rotated queries and keys, and values, `[batch, frame·token, head, channel]`, of a frame's first `tokens`."""
         q, k = (
             rotate(self._split(norm(linear(x))), rope)
             for norm, linear in ((self.norm_q, self.q), (self.norm_k, self.k))
         )
-        return tuple(self.placement.to_heads(y) for y in (q, k, self._split(self.v(x))))
+        return tuple(self.placement.to_heads(y, tokens) for y in (q, k, self._split(self.v(x))))
 
     def attend(self, x, q, k, v, *, context=None, mask: Mask):
         """Output projection of the attention of q over k, v (and the context's keys and values); shaped like x."""
         call = attend_cached if isinstance(mask, Cached) else attention
         call = functools.partial(call, implementation=self.implementation)
-        out = self.placement.to_tokens(self.placement.attend(call, q, k, v, context=context, mask=mask), x.shape[1])
+        out = self.placement.attend(call, q, k, v, context=context, mask=mask)
+        out = self.placement.to_tokens(out, *x.shape[1:3])
         return self.o(out.reshape(x.shape))
 
     def text_keys(self, text):

@@ -24,7 +24,7 @@ from crcm_jax.models.wan import layers as wan
 from crcm_jax.models.wan import rope
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.remat import remat
-from crcm_jax.parallel.placement import ONE_DEVICE, Placement
+from crcm_jax.parallel.placement import ONE_DEVICE, Placement, fill
 from pallas_kernels.attention import BlockCausal, Cached, Full, TeacherForcing
 
 TIME_SCALE = 1000.0
@@ -51,9 +51,9 @@ class Block(nnx.Module):
         m = self.modulation[...].astype(e.dtype) + e
         return [m[:, :, i] for i in range(6)]
 
-    def before(self, x, m, table):
-        """Queries, keys and values of the self-attention."""
-        return self.self_attn.project(wan.modulate(self.norm1(x), m[0], m[1]).astype(self.dtype), table)
+    def before(self, x, m, table, tokens: int):
+        """Queries, keys and values of the self-attention, of the first `tokens` of each frame."""
+        return self.self_attn.project(wan.modulate(self.norm1(x), m[0], m[1]).astype(self.dtype), table, tokens)
 
     def after(self, x, m, sources, q, k, v, **view):
         """The rest of the layer: self-attention in a view of context, cross-attention, feed-forward."""
@@ -106,13 +106,15 @@ class Outside(nnx.Module):
         self.head_norm = wan.LayerNorm(c.dim, c.eps, dtype)
         self.config = c
 
-    def tokens(self, x, cond: Condition | Prepared):
-        """Latents `[batch, frame, height, width, channel]` → tokens `[batch, frame, token, channel]`."""
+    def tokens(self, x, cond: Condition | Prepared, filled: int):
+        """Latents `[batch, frame, height, width, channel]` → tokens `[batch, frame, token, channel]`, those of nothing
+        added up to `filled` a frame."""
         if cond.latents is not None:
             x = jnp.concatenate([x, cond.latents.astype(x.dtype)], -1)
         _, ph, pw = self.config.patch
         # Channel slowest within a patch (spec causal_rcm section 10, 24).
-        return self.patch_embedding(rearrange(x, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw))
+        patches = rearrange(x, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
+        return self.patch_embedding(fill(patches, 2, filled))
 
     def time(self, t):
         """Times `[batch, frame or 1]` → (e `[batch, frame, channel]`, its six-way projection)."""
@@ -139,8 +141,8 @@ class Outside(nnx.Module):
         """Tokens → latents of the clip's (latent) height and width."""
         high = wan.wide(jnp.dtype(self.config.dtype))
         shift, scale = (self.head_modulation[...].astype(high)[i] + e for i in range(2))
-        x = self.head(wan.modulate(self.head_norm(x), shift, scale))
         _, ph, pw = self.config.patch
+        x = self.head(wan.modulate(self.head_norm(x), shift, scale))[:, :, : (height // ph) * (width // pw)]
         size = {"h": height // ph, "w": width // pw, "p": ph, "q": pw}
         return rearrange(x, "b f (h w) (p q c) -> b f (h p) (w q) c", **size)
 
@@ -192,7 +194,7 @@ class WanTransformer:
     it takes longer to compile, and no pass has to cut each layer's weights out of a stack (docs/wan_speed.md).
 
     Raises ValueError, before anything is computed, for latents that do not divide into patches or chunks, and for heads
-    or tokens that do not divide over the mesh.
+    that do not divide over the mesh.
     """
 
     def __init__(
@@ -292,11 +294,12 @@ class WanTransformer:
     def _plain(self, params, x, t, cond, mask):
         outside = self._outside_of(params)
         text, image = self._embedded(outside, cond)
+        tokens = self._tokens_per_frame(x)
 
         def layer(stream, params):
             block = self._block_of(params)
             m = block.modulations(stream.projection)
-            q, k, v = block.before(stream.x, m, stream.rope)
+            q, k, v = block.before(stream.x, m, stream.rope, tokens)
             return stream._replace(x=block.after(stream.x, m, block.sources(text, image), q, k, v, mask=mask)), None
 
         stream, _ = self._scan(layer, self._stream(outside, x, t, cond), params["blocks"])
@@ -318,8 +321,8 @@ class WanTransformer:
             block = self._block_of(params)
             sources = block.sources(text, image)
             m_c, m = block.modulations(context.projection), block.modulations(target.projection)
-            q_c, k_c, v_c = block.before(context.x, m_c, context.rope)
-            q, k, v = block.before(target.x, m, target.rope)
+            q_c, k_c, v_c = block.before(context.x, m_c, context.rope, tokens)
+            q, k, v = block.before(target.x, m, target.rope, tokens)
             y = block.after(target.x, m, sources, q, k, v, context=(k_c, v_c), mask=TeacherForcing(**units))
             y_c = block.after(context.x, m_c, sources, q_c, k_c, v_c, mask=BlockCausal(**units))
             return (context._replace(x=y_c), target._replace(x=y)), None
@@ -345,7 +348,7 @@ class WanTransformer:
             params, context, sources = xs[0], (xs[1]["k"], xs[1]["v"]), xs[2]
             block = self._block_of(params)
             m = block.modulations(stream.projection)
-            q, k, v = block.before(stream.x, m, stream.rope)
+            q, k, v = block.before(stream.x, m, stream.rope, tokens)
             sources = block.sources(text, image) if sources is None else sources
             y = block.after(stream.x, m, sources, q, k, v, context=context, mask=mask)
             return stream._replace(x=y), {"k": k, "v": v}
@@ -407,16 +410,16 @@ class WanTransformer:
         _, ph, pw = self.config.patch
         high = wan.wide(jnp.dtype(self.config.dtype))
         turn = rope.table(start, frames, total or frames, height // ph, width // pw, self.config.head_dim, high)
-        return _Stream(outside.tokens(self.placement.samples(x), cond), *outside.time(t), turn)
+        filled = self.placement.filled(self._tokens_per_frame(x), frames)
+        tokens = outside.tokens(self.placement.samples(x), cond, filled)
+        return _Stream(tokens, *outside.time(t), tuple(fill(table, 1, filled) for table in turn))
 
     def _tokens_per_frame(self, x) -> int:
         _, ph, pw = self.config.patch
         height, width = x.shape[2:4]
         if height % ph or width % pw:
             raise ValueError(f"latents of {height}×{width} do not divide into patches of {ph}×{pw}")
-        tokens = (height // ph) * (width // pw)
-        self.placement.check(self.config.heads, tokens)
-        return tokens
+        return (height // ph) * (width // pw)
 
     def _units(self, tokens: int) -> dict[str, int]:
         """The chunk pattern in the attention mask's units: tokens and chunks."""
