@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import together
-from run_files import arrays_of, files_of
+from run_files import ROOT, arrays_of, environment, files_of
 
 MESHES = {
     "one device": {},
@@ -28,11 +28,11 @@ def train(workdir: Path, cache: Path, settings: dict[str, object], steps: int) -
     devices = 1
     for key in together.MESH | {"mesh.tensor": 1}:
         devices *= settings.get(key, 1)
-    environment = together.environment(devices) | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    kept = environment(devices) | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     words = [f"--config.{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "crcm_jax", "train", f"--config={together.ROOT}/configs/digits.py:tf"]
+    command = [sys.executable, "-m", "crcm_jax", "train", f"--config={ROOT}/configs/digits.py:tf"]
     command += [f"--workdir={workdir}", f"--config.train.steps={steps}", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=kept, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -7,7 +7,6 @@ may be lost: every array, the data's position and every line of the log are the 
 """
 
 import argparse
-import os
 import shutil
 import signal
 import subprocess
@@ -19,11 +18,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from run_files import files_of, wait_for
+from run_files import ROOT, environment, files_of, wait_for
 
 from crcm_jax.saving import manifest, storage
 
-ROOT = Path(__file__).parents[2]
 SIZES = {
     **{"model.dim": 16, "model.ffn_dim": 16, "model.heads": 2, "model.layers": 1, "model.freq_dim": 8},
     **{"data.batch_size": 4, "data.frames": 2, "data.straight": 0},
@@ -48,15 +46,8 @@ def fake(workdir: Path, cache: Path, steps: int) -> list[str]:
 
 def start(command: list[str], cache: Path) -> subprocess.Popen:
     """Runs it; what it compiles is kept in `cache`, so that the next one starts sooner."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    kept = environment() | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return subprocess.Popen(command, env=kept, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def iteration(workdir: Path) -> int:

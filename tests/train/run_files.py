@@ -1,11 +1,27 @@
-"""What a run leaves behind, to compare runs by; and waiting for it."""
+"""What a run of its own process needs, and leaves behind to compare runs by; and waiting for it."""
 
 import json
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 
 from crcm_jax.saving import storage
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Of a process with so many CPU devices, which compiles in a hurry and spares itself torch."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).with_name("without_torch")), str(ROOT))),
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def arrays_of(workdir):

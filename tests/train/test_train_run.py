@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_fakes as fakes
-from run_files import files_of, wait_for
+from run_files import environment, files_of, wait_for
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
@@ -24,13 +24,11 @@ from crcm_jax.saving import manifest, storage
 from crcm_jax.train import loop
 from crcm_jax.train.checkpoint import load_params
 
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
-
 
 def start(workdir, *words, **options) -> subprocess.Popen:
     command = [sys.executable, str(Path(__file__).with_name("train_fakes.py")), str(workdir), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes, **options)
+    return subprocess.Popen(command, env=environment(), text=True, **pipes, **options)
 
 
 def said(process) -> str:
@@ -202,7 +200,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(tmp_path):
         f"dd if=/dev/zero of={small}/filler bs=1k count=$(($(df --output=avail -k {small} | tail -1) - 60)) && "
         f"{python} {small}/run train.steps=30; code=$?; cp -r {small}/run {tmp_path}/left; exit $code"
     )
-    process = subprocess.Popen([*words, script], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*words, script], env=environment(), text=True, stderr=subprocess.PIPE)
     told = [line for line in said(process).splitlines() if "goes on from" not in line]
     assert process.returncode == 1 and len(told) == 1, told
     assert "000000012: the disk is full; the checkpoint before it, " in told[0] and "000000008, is intact" in told[0]

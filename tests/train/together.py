@@ -7,7 +7,6 @@ difference of any array of the final checkpoints (weights, averages, both optimi
 entry.
 """
 
-import os
 import socket
 import subprocess
 import sys
@@ -16,27 +15,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from run_files import arrays_of
+from run_files import ROOT, arrays_of, environment
 
 from configs.digits import get_config
 from crcm_jax import build
 from crcm_jax.saving.weights import save_params
 from crcm_jax.train import assemble
-
-ROOT = Path(__file__).parents[2]
-
-
-def environment(devices: int = 2) -> dict[str, str]:
-    """Of a process with so many CPU devices, which compiles in a hurry."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 2}
 """`data` goes across the two processes, `fsdp` stays within one."""
@@ -58,7 +42,7 @@ def start(command, *words, cache=None, which=(0, 1), wait=120) -> list[subproces
     return [
         subprocess.Popen(
             [*command, *map(str, words), *options, f"--process={index}"],
-            **{"env": environment() | kept, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
+            **{"env": environment(2) | kept, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
         )
         for index in which
     ]
