@@ -16,27 +16,16 @@ _GPU = {
 }
 
 
-_GPUS = {
-    **_GPU,
-    # Exchanges of one stream's tokens then run beside the other's products, which must stay apart for that: train steps
-    # with cut tokens take 1 % less (docs/train_speed.md).
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_dot_merger_threshold_mb": 0,
-}
-
-
 @functools.cache
-def options(devices: int = 1) -> dict[str, bool | int] | None:
-    """For `jax.jit(compiler_options=…)`, of a program on so many devices; None where the defaults are best or the
-    compiler does not know the options."""
+def options() -> dict[str, bool] | None:
+    """For `jax.jit(compiler_options=…)`; None where the defaults are best or the compiler does not know the options."""
     if jax.default_backend() != "gpu":
         return None
-    wanted = _GPU if devices == 1 else _GPUS
     try:
-        jax.jit(lambda: 0, compiler_options=wanted).lower().compile()
+        jax.jit(lambda: 0, compiler_options=_GPU).lower().compile()
     except jax.errors.JaxRuntimeError:  # a later XLA has dropped one
         return None
-    return wanted
+    return _GPU
 
 
 def layers_apart() -> bool:

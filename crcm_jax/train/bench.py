@@ -261,12 +261,12 @@ class Timing(NamedTuple):
     peak: int
 
 
-def measure(row: Row, repeats: int, devices: int, profile: str | None = None) -> Timing:
-    """Compiles a row for so many devices and times it: the fastest of `repeats` calls after one untimed."""
+def measure(row: Row, repeats: int, profile: str | None = None) -> Timing:
+    """Compiles a row and times it: the fastest of `repeats` calls after one untimed."""
     jitted = row.function
     if not hasattr(jitted, "lower"):
         donate = {"donate_argnums": 0} if row.again else {}
-        jitted = jax.jit(row.function, compiler_options=compiler.options(devices), **donate)
+        jitted = jax.jit(row.function, compiler_options=compiler.options(), **donate)
     arguments = list(row.arguments())
     began = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()
@@ -339,7 +339,7 @@ def main(arguments=None) -> None:
         if not any(word.strip() in row.name for word in a.only.split(",")):
             continue
         profile = a.profile if row.name.startswith("step") else None
-        took = measure(row, a.repeats, devices, profile)
+        took = measure(row, a.repeats, profile)
         print(_report(row, took, devices, 1e12 * a.ceiling), flush=True)
         if profile:
             print(kernel_times.table(profile))

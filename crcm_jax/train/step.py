@@ -235,6 +235,6 @@ def make_steps(
         changes = {"critic": critic, "critic_opt": opt, "progress": progress}
         return advance(state, size, gradient.kept, learnt, metrics, **changes)
 
-    options = compiler.options(1 if mesh is None else mesh.size)
+    options = compiler.options()
     jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     return jit(student_step), None if algorithm.critic is None else jit(critic_step)
