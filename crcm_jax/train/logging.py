@@ -5,10 +5,12 @@ Metrics stay on the device until the next step has been handed to it, so logging
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,18 @@ class RunLog:
         self._window: dict[str, list[float]] = {key: list(value) for key, value in (window or {}).items()}
         self._pending: tuple[int, str, dict[str, jax.Array], dict[str, int]] | None = None
         self._shown: dict[str, str] = {}
+        self._waited = 0.0
         self._files = None if quiet else _Files(workdir, start)
         looks = {"unit": "it", "dynamic_ncols": True, "smoothing": 0.05, "disable": quiet}
         self._bar = tqdm(total=total, initial=start, desc=workdir.name, **looks)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what takes the next batch. The bar and TensorBoard tell which share of a window's time that was; the
+        devices work on the iteration before meanwhile, so that it costs nothing until it is longer than one."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     def push(self, iteration: int, player: str, metrics: dict[str, jax.Array], counts: dict[str, int]) -> None:
         """Takes the metrics of the iteration just dispatched (`iteration` counts it), reads those of the one before."""
@@ -112,9 +123,10 @@ class RunLog:
             else:
                 # Every sample of the window was bad: there is no number to give, and NaN is not JSON.
                 line[key] = total / count if count else None
-        self._window = {}
+        waited, self._window, self._waited = self._waited, {}, 0.0
         if self._files:
-            self._files.write(line)
+            share = self._files.write(line, waited)
+            self._shown["waiting for data"] = f"{share:.2%}"
 
     def close(self) -> None:
         """Ends the bar and closes the files; what is pending and was not flushed is lost."""
@@ -134,7 +146,8 @@ class _Files:
         self._board = _Board(workdir / TENSORBOARD, start)
         self._clock = (time.perf_counter(), start)
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any], waited: float) -> float:
+        """One window's line; returns which share of its time the `waited` seconds were."""
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         iteration = line["iteration"]
@@ -142,9 +155,12 @@ class _Files:
             if key != "iteration" and value is not None:
                 self._board.scalar(key, value, iteration)
         now, then = time.perf_counter(), self._clock
-        self._board.scalar("iterations_per_second", (iteration - then[1]) / max(now - then[0], 1e-9), iteration)
+        took = max(now - then[0], 1e-9)
+        self._board.scalar("iterations_per_second", (iteration - then[1]) / took, iteration)
+        self._board.scalar("waiting_for_data", waited / took, iteration)
         self._board.flush()
         self._clock = (now, iteration)
+        return waited / took
 
     def sync(self) -> None:
         self._lines.flush()

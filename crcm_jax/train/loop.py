@@ -118,7 +118,8 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
         while iteration < settings.steps and not stop.agreed():
             student = algorithm.is_student_phase(iteration)
             player, step = ("student", student_step) if student else ("critic", critic_step)
-            batch = processes.place(next(iterator), cut, size)
+            with log.waiting():
+                batch = processes.place(next(iterator), cut, size)
             # Tracing moves constants to the device; once compiled, a step that moves anything by accident is a mistake.
             with jax.transfer_guard("disallow" if player in compiled else "allow"):
                 now, metrics = step(now, others, batch)
