@@ -1,5 +1,6 @@
 """The demo end to end, at a size where only the plumbing is on trial."""
 
+import functools
 import json
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from crcm_jax import build, demo
 from crcm_jax.errors import UserError
+from crcm_jax.evaluate import run
 from crcm_jax.parallel import processes
 from crcm_jax.saving import weights
 
@@ -23,11 +25,12 @@ TINY = {
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Two steps a stage, with one layer and few clips, from a teacher that was never trained."""
+    """Two steps a stage, with one layer and few clips, from a teacher that was never trained; a judge of few steps."""
     monkeypatch.setattr(demo, "STAGES", {name: TINY for name in demo.STAGES})
     monkeypatch.setattr(demo, "SCRATCH", TINY)
     for name, count in {"CLIPS": 4, "BATCH": 4, "SHOWN": 2}.items():
         monkeypatch.setattr(demo, name, count)
+    monkeypatch.setattr(run, "train", functools.partial(run.train, steps=5))
     config = demo.stage_config("bidirectional", tmp_path, TINY)
     teacher = tmp_path / "teacher.safetensors"
     weights.save_params(teacher, build.network(config).init(jax.random.key(0)), {"training": "bidirectional"})

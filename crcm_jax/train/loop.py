@@ -113,8 +113,8 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
         with jax.transfer_guard("allow"):
             checkpoints.save(now, iterator.get_state(), log.state())
 
-    # Closed in reverse: a save under way is finished, and its failure reported, whatever else happens.
-    with contextlib.closing(log), checkpoints, processes.StopSignal() as stop:
+    # Closed in reverse: a save under way is finished, and its failure reported, whatever happens, a signal too.
+    with processes.StopSignal() as stop, contextlib.closing(log), checkpoints:
         while iteration < settings.steps and not stop.agreed():
             student = algorithm.is_student_phase(iteration)
             player, step = ("student", student_step) if student else ("critic", critic_step)

@@ -22,7 +22,7 @@ from crcm_jax.errors import UserError
 from crcm_jax.objectives.algorithm import Algorithm, gradient_of
 from crcm_jax.saving import manifest, storage
 from crcm_jax.train import loop
-from crcm_jax.train.checkpoint import load_params
+from crcm_jax.train.checkpoint import Checkpoints, load_params
 
 
 def start(workdir, *words, **options) -> subprocess.Popen:
@@ -151,6 +151,22 @@ def test_a_signal_saves_and_ends_the_run_in_peace(finished, tmp_path, capsys, nu
     assert storage.newest_whole(tmp_path / "run" / storage.FOLDER).name == "000000008"
     fakes.train(tmp_path / "run", **options)
     assert [files_of(tmp_path / "run")[part] for part in (1, 2, 4)] == [files_of(finished)[part] for part in (1, 2, 4)]
+
+
+def test_a_signal_during_the_last_save_lets_it_finish(tmp_path, monkeypatch):
+    close, reached = Checkpoints.close, []
+
+    def interrupted(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "close", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: reached.append("the process's own handler"))
+    try:
+        fakes.train(tmp_path / "run", **{"train.steps": 3, "train.save_every": 1000})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not reached and storage.newest_whole(tmp_path / "run" / storage.FOLDER).name == "000000003"
 
 
 def test_three_iterations_without_a_finite_loss_end_the_run(tmp_path):
