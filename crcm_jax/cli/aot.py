@@ -36,6 +36,8 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     # No chip is opened, so that another process may use libtpu meanwhile.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Meant for this machine's devices; libtpu ends the process at one that it does not know.
+    "XLA_FLAGS": "",
     # The compiler writes nothing of a program that comes out of JAX's cache.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
@@ -105,7 +107,7 @@ def main(argv: list[str]) -> int:
     lack = plan.shortage(kept, run.mesh, room)
     if lack:
         raise UserError(lack)
-    layer = ahead.layer_bytes(run.inputs)
+    layer, leaf = ahead.layer_bytes(run.inputs), ahead.leaf_bytes(run.inputs)
     compile_step = ahead.optimise_step if "--no-code" in switches and target.on_chip else ahead.compile_step
     for player in ("student",) if run.algorithm.critic is None else ("student", "critic"):
         traced = ahead.trace_step(run, player)
@@ -114,11 +116,11 @@ def main(argv: list[str]) -> int:
             names = name, topology, mesh, str(config.data.batch_size), player, f"{sum(kept.values()) / _GIB:.3g}"
             print(_row(names, traced, compiled, layer), flush=True)
         else:
-            print(_report(traced, compiled, target, layer), flush=True)
+            print(_report(traced, compiled, target, layer, leaf), flush=True)
     return 0
 
 
-def _report(traced, compiled, target, layer: int) -> str:
+def _report(traced, compiled, target, layer: int, leaf: int) -> str:
     """What is known of a step, in lines."""
     matrix = traced.compute_seconds
     lines = [
@@ -139,7 +141,12 @@ def _report(traced, compiled, target, layer: int) -> str:
             + (f"{code:.2f} program" if code else "and the program, not known")
         )
     lines += [f"  {how} in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU), not run", f"  {memory}"]
-    gather = "no more" if compiled.largest_gather <= layer else "MORE"
+    if compiled.largest_gather <= layer:
+        gather = f"no more than a layer's parameters, {layer / 1e6:.1f} MB"
+    elif compiled.largest_gather <= leaf:
+        gather = f"no more than a device keeps of one leaf of weights, {leaf / 1e6:.1f} MB"
+    else:
+        gather = f"MORE than a layer's parameters, {layer / 1e6:.1f} MB, or than is kept"
     lines += [
         "  collectives         in the program   runs a step   GB a step   largest, MB    sent, GB",
     ]
@@ -149,8 +156,7 @@ def _report(traced, compiled, target, layer: int) -> str:
         for c in compiled.collectives
     ] or ["    none"]
     lines += [
-        f"  largest all-gather {compiled.largest_gather / 1e6:.1f} MB: {gather} than a layer's parameters, "
-        f"{layer / 1e6:.1f} MB",
+        f"  largest all-gather {compiled.largest_gather / 1e6:.1f} MB: {gather}",
         f"  roofline: {max(matrix, links):.3g} s if everything overlaps, {matrix + links:.3g} s if nothing does "
         f"(matrix units {matrix:.3g} s, links {links:.3g} s, at their peaks; docs/aot.md says what that leaves out)",
     ]

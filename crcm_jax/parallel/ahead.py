@@ -198,6 +198,11 @@ def layer_bytes(inputs: Inputs) -> int:
     return max(sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in blocks)
 
 
+def leaf_bytes(inputs: Inputs) -> int:
+    """Bytes of the largest leaf of trained weights, as it lies on one device: what an update may put together."""
+    return max(rules.device_bytes(leaf) for leaf in jax.tree.leaves((inputs.state.params, inputs.state.critic)))
+
+
 def undivided(run: Run) -> list[str]:
     """One line for each weight, of each network, that a rule would cut and whose length does not divide."""
     lines: list[str] = []

@@ -46,6 +46,7 @@ def devices(chip: str) -> list:
 
     for name, value in _WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
+    os.environ["XLA_FLAGS"] = ""  # meant for other devices; libtpu ends the process at one that it does not know
     return topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGIES[chip]).devices
 
 
