@@ -20,7 +20,7 @@ demo: $(READY)  ## Distil a streaming student of moving digits; FROM_SCRATCH=1 t
 	$(BIN)/crcm demo --workdir=out/demo $(if $(FROM_SCRATCH),--from-scratch)
 
 test: lint  ## Lint, then every test.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 lint: $(READY)
 	$(BIN)/ruff check .

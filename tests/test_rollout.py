@@ -102,11 +102,12 @@ def test_noisy_context():
     full = run(plan, 4)
     np.testing.assert_array_equal(full.cache["t"], np.tile(last, (2, 1)))
     np.testing.assert_array_equal(full.cache["x"][:, 1:], full.inputs[:, 1:])
-    np.testing.assert_array_equal(full.cache["x"][:, 0], full.samples[:, 0])
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-6)  # computed once for each: fused in other ways
+    near(full.cache["x"][:, 0], full.samples[:, 0])
 
     short = run(plan, 1)
     np.testing.assert_array_equal(short.cache["t"], np.tile(last, (2, 1)))
-    np.testing.assert_array_equal(short.cache["x"][:, 0], short.samples[:, 0])
+    near(short.cache["x"][:, 0], short.samples[:, 0])
     noise = (np.asarray(short.cache["x"]) - (1 - 5 / 6) * np.asarray(short.samples))[:, 1:] / (5 / 6)
     assert 0.6 < noise.std() < 1.4, "unit noise, 24 draws"
     assert abs(np.corrcoef(noise.ravel(), np.asarray(short.inputs)[:, 1:].ravel())[0, 1]) < 0.6, "and fresh"

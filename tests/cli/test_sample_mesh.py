@@ -41,8 +41,8 @@ def test_clips_do_not_depend_on_the_mesh(report):
     assert report["at once fsdp=2,tensor=2"]["share"] < 0.5
 
 
-def usual(devices, prompts, fits=True, heads=12, tokens=1560):
-    shape = _sample_mesh._usual(devices, prompts, heads, tokens, fits)
+def usual(devices, prompts, fits=True, heads=12):
+    shape = _sample_mesh._usual(devices, prompts, heads, fits)
     return {axis: n for axis, n in shape.items() if n > 1}
 
 
