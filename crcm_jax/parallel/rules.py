@@ -39,13 +39,17 @@ RULES: tuple[tuple[str, P], ...] = (
 _PIECES = re.compile(r"(ema|opt|critic_opt)/")
 """What of a train state only an update reads."""
 
+_ROWS = 16
+"""Of how many rows or columns a piece is a multiple, as TPUs' tiles of bfloat16 are: sums are scattered into such
+pieces, but made whole on every device to be cut into others."""
+
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, pieces: bool = False) -> tuple[P, str | None]:
     """(how the leaf called `name` is cut, why an axis that `RULES` would cut is whole instead, or None).
 
     A leaf of one layer, `…/blocks/0/self_attn/q/kernel`, is cut as its layer is within the stack.
-    pieces: cut it over context too where fsdp cuts it, as gradients are, averages and optimisers. Weights are not: each
-    device multiplies its tokens with all of them.
+    pieces: cut it over context too where fsdp cuts it and `_ROWS` allows, as gradients are, averages and optimisers.
+    Weights are not: each device multiplies its tokens with all of them.
     """
     stacked = re.sub(r"(^|/)blocks/\d+/", r"\1blocks/", name)
     rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", stacked)), P())
@@ -56,7 +60,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, pieces: bool = False)
         parts = 1 if axis is None else mesh.shape[axis]
         if length % parts:
             reason, axis = f"{name} {list(shape)}: {length} does not divide over {axis} = {parts}", None
-        elif axis == "fsdp" and further > 1 and length % (parts * further) == 0:
+        elif axis == "fsdp" and further > 1 and length % (parts * further * _ROWS) == 0:
             axis, parts = ("fsdp", "context") if parts > 1 else "context", parts * further
         axes.append(axis if parts > 1 else None)
     return P(*axes), reason

@@ -47,9 +47,9 @@ QUICK = {
 
 def config(training: str, mesh: dict[str, int], **changes):
     """Digits at a size that compiles in seconds: eight tokens a frame, which context has to fill up, eight heads, tiled
-    attention; and where the batch's latents, and so its activations, are larger than any matrix."""
+    attention."""
     c = get_config(training)
-    c.model.update({"dim": 48, "ffn_dim": 96, "heads": 8, "layers": 2, "freq_dim": 16, "patch": (1, 4, 2)})
+    c.model.update({"dim": 64, "ffn_dim": 96, "heads": 8, "layers": 2, "freq_dim": 16, "patch": (1, 4, 2)})
     c.model.update({"attention": "chunked", "remat": "block"})
     c.data.update({"batch_size": 8, "frames": 7})
     c.optim.warmup = c.critic_optim.warmup = 0
@@ -177,12 +177,17 @@ def streaming():
     return float(np.abs(many - one).max() / np.abs(one).max())
 
 
+def wide(mesh: dict[str, int]):
+    """A network of which a batch's latents are larger than any matrix, and its activations more so."""
+    return config("bidirectional", mesh, **{"model.dim": 48, "model.patch": (1, 2, 2)})
+
+
 def gathered(mesh: str, placed: bool = True) -> int:
     """Numbers in the largest result, on one device, of an all-gather in the gradient of a network on `mesh`.
 
     placed: whether the network knows the mesh, or the compiler is left alone with it.
     """
-    c = config("bidirectional", MESHES[mesh])
+    c = wide(MESHES[mesh])
     mesh = meshes.make(c)
     network = build.network(c, mesh=mesh if placed else None)
     params = rules.abstract(jax.eval_shape(network.init, jax.random.key(0)), mesh)
@@ -199,7 +204,7 @@ def gathered(mesh: str, placed: bool = True) -> int:
 
 def communication():
     """`gathered` on some meshes, beside the numbers in the largest matrix and in a batch of latents."""
-    c = config("bidirectional", {})
+    c = wide({})
     weights = jax.tree.leaves(jax.eval_shape(build.network(c).init, jax.random.key(0)))
     return {
         "matrix": max(math.prod(x.shape[-2:]) for x in weights),

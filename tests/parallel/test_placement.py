@@ -28,7 +28,7 @@ def test_whole_frames_are_not_filled():
     assert Placement(mesh(data=2, fsdp=2, tensor=2)).filled(1559, 21) == 1559
 
 
-NAME, SHAPE = "blocks/ffn/up/kernel", (2, 16, 24)
+NAME, SHAPE = "blocks/ffn/up/kernel", (2, 128, 24)
 SPECS = {
     "params": P(None, "fsdp", "tensor"),
     "others": P(None, "fsdp", "tensor"),
@@ -43,9 +43,10 @@ def test_what_only_an_update_reads_is_cut_over_context_too(tree, cut):
     assert rules.spec(f"{tree}/{NAME}", SHAPE, mesh(fsdp=4, context=2, tensor=2)) == (cut, None)
 
 
-def test_context_cuts_what_an_update_reads_without_fsdp_and_where_it_divides():
+def test_context_cuts_what_an_update_reads_without_fsdp_and_into_whole_tiles():
     assert rules.spec(f"ema/{NAME}", SHAPE, mesh(context=4))[0] == P(None, "context", None)
-    assert rules.spec(f"ema/{NAME}", SHAPE, mesh(fsdp=8, context=4)) == (P(None, "fsdp", None), None)
+    assert rules.spec(f"ema/{NAME}", SHAPE, mesh(fsdp=4, context=4)) == (P(None, "fsdp", None), None)
+    assert rules.spec(f"ema/{NAME}", SHAPE, mesh(fsdp=16, context=3)) == (P(None, "fsdp", None), None)
     assert rules.spec(NAME, SHAPE, mesh(context=4), pieces=True)[0] == P(None, "context", None)
 
 
@@ -56,5 +57,5 @@ def test_gradients_leave_a_layer_in_pieces():
         return (x @ placement.gather(params, "blocks/0")["ffn"]["up"]["kernel"]).sum()
 
     params = {"ffn": {"up": {"kernel": jax.ShapeDtypeStruct(SHAPE[1:], np.float32)}}}
-    program = str(jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((4, 16), np.float32)))
+    program = str(jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((4, 128), np.float32)))
     assert "('fsdp', 'context')" in program
