@@ -146,7 +146,7 @@ def _report(traced, compiled, target, layer: int, leaf: int) -> str:
     elif compiled.largest_gather <= leaf:
         gather = f"no more than a device keeps of one leaf of weights, {leaf / 1e6:.1f} MB"
     else:
-        gather = f"MORE than a layer's parameters, {layer / 1e6:.1f} MB, or than is kept"
+        gather = f"MORE than a layer's parameters, {layer / 1e6:.1f} MB, and than is kept of any leaf of weights"
     lines += [
         "  collectives         in the program   runs a step   GB a step   largest, MB    sent, GB",
     ]
