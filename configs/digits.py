@@ -56,7 +56,7 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     )
     c.dmd = ConfigDict(
         {"times": {"name": "uniform_shift", "s": 5.0}, "guidance": 2.5, "scale": 1.0, "replayed": True, "at_once": True,
-         "student_update_freq": 3}
+         "gather_once": True, "student_update_freq": 3}
     )  # fmt: skip
 
     b1 = 0.9 if diffusion else 0.0

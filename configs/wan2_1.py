@@ -72,9 +72,10 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     rollout = {"steps": (4,), "times": (_MID,), "noisy_context": False, "context_start": 0}
     c.rollout = ConfigDict({**rollout, **ROLLOUTS.get(variant, {})})
     c.dmd = ConfigDict(
-        # Replayed: the same gradient without a rollout's activations; not at_once, with those of one chunk at a time.
+        # Replayed: the same gradient without a rollout's activations; not at_once, with those of one chunk at a time;
+        # gather_once: the student's weights lie whole on every device during a rollout.
         {"times": {"name": "uniform_shift", "s": 5.0}, "guidance": 5.0, "scale": 1.0, "replayed": True, "at_once": True,
-         "student_update_freq": 6}
+         "gather_once": True, "student_update_freq": 6}
     )  # fmt: skip
 
     adam = {"b1": 0.9 if diffusion else 0.0, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "warmup": 100}

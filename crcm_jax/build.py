@@ -171,13 +171,13 @@ def _matching(config, mesh) -> Algorithm:
 
     def replayed(params, others, batch, key, progress, weights):
         cond = common.condition(batch)
-        options = {**arguments(others, batch, progress), "at_once": d.at_once}
+        options = {**arguments(others, batch, progress), "at_once": d.at_once, "gather_once": d.gather_once}
         return sf_dmd_replayed(net, params, batch, cond, key, weights, **options)
 
     def critic_loss(params, others, batch, key, progress):
         return critic(
             fake, params, batch, common.condition(batch), key, student_network=net, student=others["student"],
-            updates=progress.critic_updates, times=times, **rolled,
+            updates=progress.critic_updates, times=times, gather_once=d.gather_once, **rolled,
         )  # fmt: skip
 
     student = replayed if d.replayed else gradient_of(direct)

@@ -106,12 +106,12 @@ def rollout(network: Network, params, cond: Condition, key, plan: StepPlan, step
     return Rollout(back(samples), back(inputs), times, cache)
 
 
-def frozen_rollout(network: Network, params, *arguments) -> Rollout:
-    """`rollout` without gradients, by the network in its fastest form for that, if it has one (`taken_apart`)."""
+def frozen_rollout(network: Network, params, *arguments, gather_once: bool = True) -> Rollout:
+    """`rollout` without gradients, by the network in its fastest form for that, if it has one (`for_many_passes`)."""
     frozen = jax.lax.stop_gradient(params)
-    if not hasattr(network, "taken_apart"):
+    if not hasattr(network, "for_many_passes"):
         return rollout(network, frozen, *arguments)
-    done = rollout(*network.taken_apart(frozen), *arguments)
+    done = rollout(*network.for_many_passes(frozen, gather_once=gather_once), *arguments)
     return done._replace(cache=network.put_together(done.cache))
 
 

@@ -5,13 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from crcm_jax import compiler, flow
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
 from crcm_jax.objectives.sf_dmd import Scores, sf_dmd, sf_dmd_replayed
-from crcm_jax.rollout import over_chunks, rollout
+from crcm_jax.parallel import rules
+from crcm_jax.parallel.mesh import AXES
+from crcm_jax.parallel.placement import Placement
+from crcm_jax.rollout import frozen_rollout, over_chunks, rollout
 from crcm_jax.schedule import MID_TIMES, StepPlan
 
 FRAMES, SINGLE = 5, ChunkPattern(1, 1)
@@ -186,3 +190,27 @@ def test_replaying_is_differentiating(x64, monkeypatch):
             assert float(jnp.abs(g).max()) > 0, path
         norms.append(largest)
     assert norms[0] != norms[1]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_rollout_gathers_every_matrix_once(apart, monkeypatch):
+    """Counted in the program, where a loop's body stands once."""
+    monkeypatch.setattr(compiler, "layers_apart", lambda: apart)
+    mesh, pattern = jax.sharding.AbstractMesh((1, 2, 1, 1), AXES), ChunkPattern(1, 1)
+    network = tiny.wan(pattern, placement=Placement(mesh))
+    params = tiny.parameters(network)
+
+    def gathers(once):
+        def samples(params):
+            arguments = tiny.condition(), jax.random.key(0), StepPlan(), 2, (2, 3, 4, 6, 3), pattern
+            return frozen_rollout(network, params, *arguments, gather_once=once).samples
+
+        return str(jax.make_jaxpr(samples)(params)).count("linear_call[")
+
+    def cut(tree):
+        names = jax.tree_util.tree_leaves_with_path({tree: params[tree]})
+        name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+        return sum("fsdp" in rules.spec(name(path), leaf.shape, mesh)[0] for path, leaf in names)
+
+    layers = network.config.layers if apart else 1
+    assert gathers(True) == cut("outside") + layers * cut("blocks") < gathers(False)

@@ -63,16 +63,18 @@ def sf_dmd_replayed(
     network: Network, params, batch, cond: Condition, key, weights, *,
     scores: Scores, uncond, updates, plan: StepPlan, chunks: ChunkPattern,
     times: flow.TimeDistribution = flow.UniformShift(5.0), guidance: float = 5.0, scale: float = 1.0,
-    at_once: bool = False,
+    at_once: bool = False, gather_once: bool = True,
 ):  # fmt: skip
     """The same losses with their gradient, from a rollout without gradients and a replay of its last steps, chunk by
-    chunk or all `at_once`.
+    chunk or all `at_once`. gather_once: as `WanTransformer.for_many_passes` has it.
 
     Returns ((losses `[batch]`, metrics), gradient of Σ_b weights_b·losses_b).
     """
     rollout_key, score_key = jax.random.split(key)
     steps = plan.simulated_steps(updates)
-    done = frozen_rollout(network, params, cond, rollout_key, plan, steps, batch["latents"].shape, chunks)
+    done = frozen_rollout(
+        network, params, cond, rollout_key, plan, steps, batch["latents"].shape, chunks, gather_once=gather_once
+    )
     target, norm = dmd_target(done.samples, score_key, scores, cond, uncond, times=times, guidance=guidance)
     error, grads = replay(network, params, cond, done, target, scale * weights, chunks, at_once=at_once)
     return (scale * error, {"dmd_norm": norm, "steps": steps}), grads
@@ -81,7 +83,7 @@ def sf_dmd_replayed(
 def critic(
     network: Network, params, batch, cond: Condition, key, *,
     student_network: Network, student, updates, plan: StepPlan, chunks: ChunkPattern,
-    times: flow.TimeDistribution = flow.UniformShift(5.0),
+    times: flow.TimeDistribution = flow.UniformShift(5.0), gather_once: bool = True,
 ):  # fmt: skip
     """The fake score's loss: velocity regression, a mean, on fresh rollouts of the student (spec 4.5, critic).
 
@@ -90,7 +92,10 @@ def critic(
     rollout_key, time_key, noise_key = jax.random.split(key, 3)
     steps = plan.simulated_steps(updates)
     shape = batch["latents"].shape
-    x = frozen_rollout(student_network, student, cond, rollout_key, plan, steps, shape, chunks).samples
+    done = frozen_rollout(
+        student_network, student, cond, rollout_key, plan, steps, shape, chunks, gather_once=gather_once
+    )
+    x = done.samples
     t = flow.sample_times(time_key, times, (shape[0], 1))
     noise = jax.random.normal(noise_key, shape)
     v = network.velocity(params, flow.interpolate(x, noise, t), t, cond)

@@ -47,9 +47,11 @@ class Placement:
     """A mesh with the axes of `mesh.AXES`, or None for one device, where every method leaves things as they are.
 
     A batch that does not divide over its axes stays whole on them: right, and the same work done by each.
+    gathered: weights have been gathered by whoever passes them, and are taken as they come.
     """
 
     mesh: Mesh | None = None
+    gathered: bool = False
 
     def __post_init__(self):
         if self.mesh is not None and self.mesh.size == 1:
@@ -152,7 +154,7 @@ class Placement:
     @property
     def gathers(self) -> bool:
         """Whether weights lie cut and are gathered where they are used."""
-        return self.mesh is not None and self.mesh.shape["fsdp"] > 1
+        return self.mesh is not None and self.mesh.shape["fsdp"] > 1 and not self.gathered
 
     def gather(self, params: Any, name: str, dtype=None):
         """The weights of one layer, or of what is outside the layers, whole but for tensor.
@@ -160,7 +162,7 @@ class Placement:
         params: a tree whose leaves' names, after `name`, are those that `rules` knows.
         dtype: what matrices are cast to before they travel, or None to leave them as they are.
         """
-        if self.mesh is None:
+        if self.mesh is None or self.gathered:
             return params
 
         def leaf(path, x):

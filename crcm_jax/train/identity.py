@@ -14,7 +14,7 @@ from crcm_jax.saving import manifest
 
 HARMLESS = (
     *("train.", "sample."),  # how long, how often it saves, logs and samples
-    *("mesh.", "model.remat", "model.attention"),  # the same numbers to rounding
+    *("mesh.", "model.remat", "model.attention", "dmd.gather_once"),  # the same numbers to rounding
     *("data.threads", "data.prefetch"),  # the same examples in the same order
     *("data.path",),  # a set that was moved; the data's own state tells whether it is the same
 )

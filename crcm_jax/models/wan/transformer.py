@@ -7,6 +7,7 @@ no tangent, and none is computed (structural zeros).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -230,14 +231,24 @@ class WanTransformer:
         params = {"outside": tree(Outside, first), "blocks": blocks}
         return unstacked(params) if self.apart else params
 
-    def taken_apart(self, params) -> tuple[WanTransformer, Params]:
-        """This network and its parameters as many short passes are fastest on this device: `apart`, or as they are."""
-        if self.apart or not compiler.layers_apart():
-            return self, params
-        return WanTransformer(self.config, self.chunks, self.placement, apart=True), unstacked(params)
+    def for_many_passes(self, params, *, gather_once: bool = True) -> tuple[WanTransformer, Params]:
+        """This network and its parameters as many short passes without gradients are fastest.
+
+        On GPUs, with the layers `apart`. gather_once: weights that are cut over fsdp are gathered now, a matrix at a
+        time, and kept whole in the compute dtype, instead of by every pass.
+        """
+        placement, apart = self.placement, self.apart or compiler.layers_apart()
+        if apart and not self.apart:
+            params = unstacked(params)
+        if gather_once and placement.gathers:
+            layer = functools.partial(placement.gather, name="blocks/0", dtype=jnp.dtype(self.config.dtype))
+            blocks = list(map(layer, params["blocks"])) if apart else jax.lax.map(layer, params["blocks"])
+            params = {"outside": placement.gather(params["outside"], "outside"), "blocks": blocks}
+            placement = dataclasses.replace(placement, gathered=True)
+        return WanTransformer(self.config, self.chunks, placement, apart=apart), params
 
     def put_together(self, cache: Cache) -> Cache:
-        """A cache of the network that `taken_apart` gave as this one takes it."""
+        """A cache of the network that `for_many_passes` gave as this one takes it."""
         if self.apart or not isinstance(cache, list):
             return cache
         return jax.tree.map(lambda *layers: self.placement.cache(jnp.stack(layers)), *cache)
