@@ -1,5 +1,6 @@
 """A checkpoint, through the command line, to the JSON of its scores; and the noise that models share."""
 
+import functools
 import json
 
 import jax
@@ -88,10 +89,11 @@ def test_schedules_come_from_the_command_or_the_run():
             producer.few_step_solver(config, steps, mid)
 
 
-def test_command_writes_the_scores(checkpoint, tmp_path, monkeypatch, judge, capsys):
-    monkeypatch.setattr(run, "judge", lambda config, clips, seeds: judge)  # its training is tested elsewhere
+def test_command_writes_the_scores(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "train", functools.partial(run.train, steps=5))  # the judge's training is tested elsewhere
     out = tmp_path / "deep" / "metrics.json"
-    assert dispatch(["evaluate", f"--checkpoint={checkpoint}", "--steps=2", "--batch=3", f"--out={out}"]) == 0
+    words = [f"--checkpoint={checkpoint}", "--steps=2", "--clips=20", "--batch=3", f"--out={out}"]
+    assert dispatch(["evaluate", *words]) == 0
     scores = json.loads(out.read_text())
     assert scores["training"] == "sf_dmd" and scores["iteration"] == 7 and scores["steps"] == [2]
     assert {"class_accuracy", "motion_error", "frechet", "diversity", "frames_per_second"} <= scores.keys()
