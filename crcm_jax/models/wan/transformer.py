@@ -241,8 +241,8 @@ class WanTransformer:
         if apart and not self.apart:
             params = unstacked(params)
         if gather_once and placement.gathers:
-            layer = functools.partial(placement.gather, name="blocks/0", dtype=jnp.dtype(self.config.dtype))
-            blocks = list(map(layer, params["blocks"])) if apart else jax.lax.map(layer, params["blocks"])
+            blocks = params["blocks"]
+            blocks = list(map(self._whole, blocks)) if apart else jax.lax.map(self._whole, blocks)
             params = {"outside": placement.gather(params["outside"], "outside"), "blocks": blocks}
             placement = dataclasses.replace(placement, gathered=True)
         return WanTransformer(self.config, self.chunks, placement, apart=apart), params
@@ -389,7 +389,11 @@ class WanTransformer:
 
     def _block_of(self, params) -> Block:
         """The layer of one slice of the blocks; called within it, so that the backward pass gathers weights again."""
-        return nnx.merge(self._block, self.placement.gather(params, "blocks/0", jnp.dtype(self.config.dtype)))
+        return nnx.merge(self._block, self._whole(params))
+
+    def _whole(self, params):
+        """The weights of one slice of the blocks, gathered in the compute dtype."""
+        return self.placement.gather(params, "blocks/0", jnp.dtype(self.config.dtype))
 
     def _embedded(self, outside: Outside, cond: Condition):
         return jax.tree.map(self.placement.samples, outside.embed(cond))
