@@ -12,10 +12,10 @@ from typing import Any
 from convert.arrays import TRANSFORMS, Spec, shape_after
 from convert.tables import clip_vision, umt5, wan_transformer, wan_vae
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.models.wan.clip import CLIPVisionConfig
+from crcm_jax.models.text.umt5 import UMT5Config
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vision.clip import CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.umt5 import UMT5Config
-from crcm_jax.models.wan.vae_config import WanVAEConfig
 
 Entry = tuple[str, str, str]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -170,7 +170,7 @@ def _vae(published: WanVAEConfig) -> Callable[[Shapes, dict[str, Any]], dict[str
 
 
 def _vae_network(config: Any) -> Any:
-    from crcm_jax.models.wan.vae import WanVAE
+    from crcm_jax.models.vae.wan import WanVAE
 
     return WanVAE(config)
 
@@ -209,7 +209,7 @@ def _umt5(shapes: Shapes, said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _umt5_network(config: Any) -> Any:
-    from crcm_jax.models.wan.umt5 import UMT5Encoder
+    from crcm_jax.models.text.umt5 import UMT5Encoder
 
     return UMT5Encoder(config)
 
@@ -243,7 +243,7 @@ def _clip(shapes: Shapes, said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clip_network(config: Any) -> Any:
-    from crcm_jax.models.wan.clip import CLIPVision
+    from crcm_jax.models.vision.clip import CLIPVision
 
     return CLIPVision(config)
 

@@ -8,22 +8,23 @@ from jax.sharding import Mesh
 from crcm_jax import flow
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.errors import UserError
-from crcm_jax.models import toy
 from crcm_jax.models.base import Codec, Network, TextEncoder
+from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder
+from crcm_jax.models.text.wan import WanTextEncoder, open_tokenizer
+from crcm_jax.models.text.words import WordEncoder
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.pixels import PixelCodec
+from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.text import WanTextEncoder, open_tokenizer
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
 from crcm_jax.objectives import common, diffusion
 from crcm_jax.objectives.algorithm import Algorithm, gradient_of
 from crcm_jax.objectives.sf_dmd import Scores, critic, sf_dmd, sf_dmd_replayed
 from crcm_jax.objectives.tf_dcm import tf_dcm
 from crcm_jax.objectives.tf_scm import tf_scm
 from crcm_jax.parallel.placement import Placement
+from crcm_jax.sampling.schedule import StepPlan
 from crcm_jax.saving.weights import load_params
-from crcm_jax.schedule import StepPlan
 
 TRAINING_TYPES = ("bidirectional", "tf", "df", "tf_dcm", "tf_scm", "tf_dscm", "sf_dmd", "tf_scm_sf_dmd")
 
@@ -49,12 +50,12 @@ def network(config, role: str = "student", mesh: Mesh | None = None) -> Network:
 
 def codec(config) -> Codec:
     """Pixels ↔ latents."""
-    return _named("codec", config.codec, {"pixels": toy.PixelCodec, "wan_vae": _wan_vae})
+    return _named("codec", config.codec, {"pixels": PixelCodec, "wan_vae": _wan_vae})
 
 
 def text_encoder(config) -> TextEncoder:
     """Prompts → embeddings."""
-    return _named("text", config.text, {"words": toy.WordEncoder, "umt5": _umt5})
+    return _named("text", config.text, {"words": WordEncoder, "umt5": _umt5})
 
 
 def _wan_vae(version: str = "2.1", **options) -> Codec:

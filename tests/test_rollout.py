@@ -15,8 +15,8 @@ from crcm_jax.objectives.sf_dmd import Scores, sf_dmd, sf_dmd_replayed
 from crcm_jax.parallel import rules
 from crcm_jax.parallel.mesh import AXES
 from crcm_jax.parallel.placement import Placement
-from crcm_jax.rollout import frozen_rollout, over_chunks, rollout
-from crcm_jax.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.rollout import frozen_rollout, over_chunks, rollout
+from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
 
 FRAMES, SINGLE = 5, ChunkPattern(1, 1)
 SHAPE = (2, FRAMES, 1, 1, 3)

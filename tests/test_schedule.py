@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from crcm_jax import schedule
-from crcm_jax.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling import schedule
+from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
 
 
 def test_few_step_times():

@@ -13,7 +13,7 @@ from typing import Any
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.clips import DIFFUSION
 from crcm_jax.sampling import Few, Ode, Whole
-from crcm_jax.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
 
 STREAMING = ("mid", "noisy_context", "context_start", "chunks")
 """Options that a bidirectional model has no use for."""

@@ -25,7 +25,8 @@ from crcm_jax.cli._sample_mesh import batch, choose
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer
 from crcm_jax.models.base import Codec, Condition, Network, Params
-from crcm_jax.models.wan import clip, library
+from crcm_jax.models.vision import clip
+from crcm_jax.models.wan import library
 from crcm_jax.models.wan.image import condition_latents, size_of
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.parallel import rules

@@ -89,8 +89,10 @@ def main(argv: list[str]) -> int:
     os.environ.update(_ENVIRONMENT)
 
     # Only now: a wrong command line is answered at once, and libtpu reads its environment when JAX loads.
-    from crcm_jax.parallel import ahead, chips, plan
+    from crcm_jax.aot import chips
+    from crcm_jax.aot import compile as ahead
     from crcm_jax.parallel import mesh as meshes
+    from crcm_jax.parallel import plan
 
     if not chips.gpus(topology) and importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs its compiler, libtpu: pip install 'causal-rcm-jax[tpu]'")

@@ -16,8 +16,8 @@ from crcm_jax.errors import UserError
 from crcm_jax.evaluate.run import Producer
 from crcm_jax.models.base import Condition, Params
 from crcm_jax.sampling import Few, Noise, Ode, generate, generate_whole
+from crcm_jax.sampling.schedule import StepPlan
 from crcm_jax.saving.weights import load_meta, load_params
-from crcm_jax.schedule import StepPlan
 
 
 def load(checkpoint: str | Path, which: str = "ema", causal: bool = True) -> tuple[ConfigDict, Params, dict[str, Any]]:

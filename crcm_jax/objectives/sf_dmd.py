@@ -12,8 +12,8 @@ from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition, Network
 from crcm_jax.models.guidance import guided_velocity
 from crcm_jax.objectives import common
-from crcm_jax.rollout import frozen_rollout, replay, rollout
-from crcm_jax.schedule import StepPlan
+from crcm_jax.sampling.rollout import frozen_rollout, replay, rollout
+from crcm_jax.sampling.schedule import StepPlan
 
 NORMALISER_FLOOR = 1e-5
 

@@ -20,7 +20,7 @@ import numpy as np
 from crcm_jax import compiler, flow
 from crcm_jax.models.base import Condition, Network
 from crcm_jax.models.guidance import guided_velocity
-from crcm_jax.schedule import decreasing, multi_step
+from crcm_jax.sampling.schedule import decreasing, multi_step
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 """(latents, scalar time) → velocity, in at least float32."""

@@ -18,7 +18,7 @@ from crcm_jax import compiler, flow
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition, Network
 from crcm_jax.models.guidance import combine
-from crcm_jax.schedule import StepPlan, multi_step
+from crcm_jax.sampling.schedule import StepPlan, multi_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import tiny
 
+from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.wan import WanVAE
+from crcm_jax.models.vision.clip import CLIPVisionConfig
 from crcm_jax.models.wan import library
-from crcm_jax.models.wan.clip import CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
 from crcm_jax.saving.weights import save_params
 
 SMALL = library.Release(

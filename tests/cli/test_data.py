@@ -19,9 +19,9 @@ from crcm_jax.data import set_manifest, shards, tensor_file, video_files
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
+from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.wan import library
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.models.wan.vae import WanVAE
 from crcm_jax.sampling import generate_whole, teacher_times
 
 PROMPTS = [f"a {word} walks" for word in ("cat", "dog", "horse", "bird", "fish")]

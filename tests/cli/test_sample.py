@@ -17,12 +17,12 @@ from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.producer import clip_noise
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
+from crcm_jax.models.vision.clip import CLIPVision
 from crcm_jax.models.wan import library
-from crcm_jax.models.wan.clip import CLIPVision
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.sampling import Few, Ode, Whole, generate_whole, teacher_times
+from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
 from crcm_jax.saving.weights import save_params
-from crcm_jax.schedule import MID_TIMES, StepPlan
 from crcm_jax.train.identity import as_json
 
 SIZE = ["--size=16x24", "--frames=9"]

@@ -9,10 +9,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from convert import engine, models
-from crcm_jax.models.wan.clip import CLIPVisionConfig
+from crcm_jax.models.text.umt5 import UMT5Config
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vision.clip import CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.umt5 import UMT5Config
-from crcm_jax.models.wan.vae_config import WanVAEConfig
 
 SIZES = {"dim": 24, "ffn_dim": 48, "heads": 2, "layers": 3, "freq_dim": 32, "text_dim": 20}
 TINY = {

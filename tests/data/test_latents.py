@@ -8,10 +8,11 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from crcm_jax.data import bench, pipeline, skipping
+from benchmarks import data as bench
+from crcm_jax.data import pipeline, skipping
 from crcm_jax.data.latents import LatentSource
 from crcm_jax.errors import UserError
-from crcm_jax.models.toy import PixelCodec
+from crcm_jax.models.vae.pixels import PixelCodec
 
 CODEC = PixelCodec(patch=1, channels=5)
 """Its latents have the sets' shape, and it has no say in anything else."""

@@ -14,7 +14,8 @@ from configs.digits import get_config
 from crcm_jax import build
 from crcm_jax.data import digits, pipeline
 from crcm_jax.errors import UserError
-from crcm_jax.models.toy import PixelCodec, WordEncoder
+from crcm_jax.models.text.words import WordEncoder
+from crcm_jax.models.vae.pixels import PixelCodec
 
 CODEC, WORDS = PixelCodec(patch=2, mean=-0.75, std=0.52), WordEncoder()
 

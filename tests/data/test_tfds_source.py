@@ -11,7 +11,8 @@ from PIL import Image
 from crcm_jax.data import pipeline
 from crcm_jax.data.tfds_source import TfdsSource
 from crcm_jax.errors import UserError
-from crcm_jax.models.toy import PixelCodec, WordEncoder
+from crcm_jax.models.text.words import WordEncoder
+from crcm_jax.models.vae.pixels import PixelCodec
 
 tfds = pytest.importorskip("tensorflow_datasets")
 F = tfds.features

@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models.wan.split_attention import attend_in_parts, choose_parts
 from pallas_kernels.attention import Cached, attention
+from pallas_kernels.attention.mosaic_gpu.decode import attend_in_parts, choose_parts
 
 MASKS = {
     "start of a clip": {"stop": 0},

@@ -15,8 +15,8 @@ from crcm_jax.objectives.common import ContextNoise
 from crcm_jax.objectives.sf_dmd import Scores, critic, sf_dmd
 from crcm_jax.objectives.tf_dcm import tf_dcm
 from crcm_jax.objectives.tf_scm import tf_scm
-from crcm_jax.rollout import rollout
-from crcm_jax.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.rollout import rollout
+from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
 
 ONE, PAIRS, UNEVEN = ChunkPattern(1, 1), ChunkPattern(2, 2), ChunkPattern(1, 3)
 DRAWS = 4000

@@ -23,8 +23,8 @@ from crcm_jax import build
 from crcm_jax.models.base import Condition
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import rules
+from crcm_jax.sampling.schedule import StepPlan
 from crcm_jax.sampling.stream import Few, generate
-from crcm_jax.schedule import StepPlan
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.state import TrainState

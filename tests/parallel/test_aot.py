@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crcm_jax.aot import chips, dumps, flops, hlo
+from crcm_jax.aot import compile as ahead
 from crcm_jax.cli import aot
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.parallel import ahead, chips, dumps, flops, hlo
 from crcm_jax.parallel import mesh as meshes
 from pallas_kernels.attention import Full, attention, mosaic_tpu
 

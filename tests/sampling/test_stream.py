@@ -11,7 +11,7 @@ import tiny
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.wan.transformer import WanTransformer, unstacked
 from crcm_jax.sampling import Few, Noise, Ode, draw_noise, generate, stream
-from crcm_jax.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
 
 PATTERN, FRAMES = ChunkPattern(1, 2), 5
 SHAPE = (2, FRAMES, tiny.HEIGHT, tiny.WIDTH, tiny.CHANNELS)

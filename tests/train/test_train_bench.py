@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
+from benchmarks import kernel_times
+from benchmarks import train as bench
+from benchmarks.train_work import Clip
 from crcm_jax import compiler
+from crcm_jax.aot.flops import matmul_flops
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
-from crcm_jax.parallel.flops import matmul_flops
-from crcm_jax.train import bench, kernel_times
-from crcm_jax.train.bench_work import Clip
 
 FRAMES, TEXT = 5, 5
 

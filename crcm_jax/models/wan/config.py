@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from crcm_jax.models.wan.remat import REMAT
+from crcm_jax.models.core.remat import REMAT
 from pallas_kernels.attention import IMPLEMENTATIONS
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax.models.base import Params
-from crcm_jax.models.wan.vae import WanVAE
+from crcm_jax.models.vae.wan import WanVAE
 
 
 def condition_latents(vae: WanVAE, params: Params, image: jax.Array, frames: int) -> jax.Array:

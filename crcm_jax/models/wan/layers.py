@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crcm_jax.models.wan.split_attention import attend_cached
 from crcm_jax.parallel.placement import Placement
 from pallas_kernels.attention import Cached, Full, Mask, attention
+from pallas_kernels.attention.mosaic_gpu.decode import attend_cached
 
 
 def wide(dtype) -> jnp.dtype:

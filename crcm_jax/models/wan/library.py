@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.models.base import Params
-from crcm_jax.models.wan.clip import CLIPVision, CLIPVisionConfig
+from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder
+from crcm_jax.models.text.wan import MAX_TOKENS, WanTextEncoder, open_tokenizer
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.wan import WanVAE
+from crcm_jax.models.vision.clip import CLIPVision, CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.text import MAX_TOKENS, WanTextEncoder, open_tokenizer
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
 from crcm_jax.parallel import rules
 
 

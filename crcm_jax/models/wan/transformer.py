@@ -21,10 +21,10 @@ from flax import nnx
 from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Cache, Condition, Params
+from crcm_jax.models.core import rope
+from crcm_jax.models.core.remat import remat
 from crcm_jax.models.wan import layers as wan
-from crcm_jax.models.wan import rope
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.remat import remat
 from crcm_jax.parallel.placement import ONE_DEVICE, Placement, fill
 from pallas_kernels.attention import BlockCausal, Cached, Full, TeacherForcing
 

@@ -7,7 +7,7 @@ import tiny
 
 from convert import engine, models
 from convert.arrays import TRANSFORMS
-from crcm_jax.models.wan.clip import MEAN, STD, CLIPVision, CLIPVisionConfig, bicubic, preprocess
+from crcm_jax.models.vision.clip import MEAN, STD, CLIPVision, CLIPVisionConfig, bicubic, preprocess
 
 CONFIG = CLIPVisionConfig(dim=32, ffn_dim=48, heads=4, layers=3, image=12, patch=4)
 BOUND = 1e-5

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from crcm_jax.errors import UserError
-from crcm_jax.models.wan.text import Tokenizer, WanTextEncoder, clean_prompt, load_tokenizer, open_tokenizer
-from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder
+from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder
+from crcm_jax.models.text.wan import Tokenizer, WanTextEncoder, clean_prompt, load_tokenizer, open_tokenizer
 
 CORPUS = ["a cat walks over the wet street", "the dog sees a red ball", "waves roll on to the beach at dusk"] * 20
 

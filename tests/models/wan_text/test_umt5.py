@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from convert.tables import umt5 as tables
-from crcm_jax.models.wan.umt5 import UMT5Config, UMT5Encoder, relative_buckets
+from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder, relative_buckets
 
 CONFIG = UMT5Config(
     vocabulary=64, dim=32, heads=4, head_dim=8, ffn_dim=48, layers=3, buckets=8, max_distance=16, dtype="float32"

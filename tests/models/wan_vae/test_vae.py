@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
-from crcm_jax.models.wan.vae_layers import convolve
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.layers import convolve
+from crcm_jax.models.vae.wan import WanVAE
 
 SMALL = {
     "channels": 3,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from convert.tables import wan_vae as tables
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.wan import WanVAE
 
 
 @pytest.mark.parametrize("config", [WanVAEConfig.wan21(), WanVAEConfig.wan22()], ids=["2.1", "2.2"])

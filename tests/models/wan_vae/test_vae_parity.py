@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from convert.tables import wan_vae as tables
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.wan.image import condition_latents, size_of
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
 
 torch = pytest.importorskip("torch", reason="the comparison needs torch (pip install -e .[parity])")
 diffusers = pytest.importorskip("diffusers", reason="the comparison needs diffusers (pip install -e .[parity])")

@@ -1,6 +1,6 @@
 """Measures time and memory of conversions on full-size shards of random bfloat16 weights.
 
-    python -m convert.measure --model=wan2.1-t2v-14b --folder=/scratch
+    python -m benchmarks.convert --model=wan2.1-t2v-14b --folder=/scratch
 
 writes a native folder of shards with its index, converts it to ours, that to a diffusers folder, and that back to
 native; with --pickle also by way of rCM's .pt. The two ends are compared by the digest of every tensor. Each source is

@@ -1,4 +1,4 @@
-"""Measures block sizes on the GPU at hand: `python -m pallas_kernels.attention.autotune [--write]`.
+"""Measures block sizes on the GPU at hand: `python -m benchmarks.attention_autotune [--write]`.
 
 Tries every candidate of every kernel and head dim at a long teacher-forcing shape, prints the times, and with `--write`
 puts the fastest into the table that the kernels read.
@@ -14,11 +14,11 @@ import json
 import jax
 import jax.numpy as jnp
 
+from benchmarks.clock import draw, milliseconds
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.backend import Segment
 from pallas_kernels.attention.mosaic_gpu import blocks
 from pallas_kernels.attention.shapes import Case, case
-from pallas_kernels.attention.timing import draw, milliseconds
 
 CANDIDATES = tuple(
     blocks.Blocks(tile, stages, first) for tile, stages, first in itertools.product((64, 128), (2, 3, 4), (True,))

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crcm_jax.models.base import Params
-from crcm_jax.models.wan.vae_config import WanVAEConfig
-from crcm_jax.models.wan.vae_network import Decoder, Encoder
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.network import Decoder, Encoder
 
 VAECache = Any
 """What every layer keeps of the frames before: a nested dict of `[batch, 1 or 2, height, width, channel]` arrays."""

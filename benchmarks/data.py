@@ -1,7 +1,7 @@
 """How fast latents are loaded, and how long a training step would wait for them.
 
-    python -m crcm_jax.data.bench --path=latents --frames=81 --size=832x480
-    python -m crcm_jax.data.bench --format=tar,array_record --examples=64 --step=1.0 --batch=8
+    python -m benchmarks.data --path=latents --frames=81 --size=832x480
+    python -m benchmarks.data --format=tar,array_record --examples=64 --step=1.0 --batch=8
 
 Without --path it writes a set of random latents of the given size first. It runs the very pipeline that trains, first
 as fast as it goes, then with a step of the given length between batches, and says how much of the time the step waited.
@@ -25,8 +25,8 @@ from tqdm import tqdm
 from crcm_jax.data import array_record_shard, pipeline, shards
 from crcm_jax.data.example import Example
 from crcm_jax.data.tar_shard import TarWriter
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import WanVAEConfig
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.wan import WanVAE
 
 TEXT = (512, 4096)
 SHARD = 16
@@ -97,7 +97,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(
-        "python -m crcm_jax.data.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = p.add_argument
     add("--path", type=Path, help="a set of latents [write one of random numbers]")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from crcm_jax import flow
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Cache, Condition, Network
-from crcm_jax.schedule import StepPlan
+from crcm_jax.sampling.schedule import StepPlan
 
 
 class Rollout(NamedTuple):

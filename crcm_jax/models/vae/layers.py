@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from crcm_jax.models.wan.vae_config import WanVAEConfig
+from crcm_jax.models.vae.config import WanVAEConfig
 
 
 def _precision(dtype):

@@ -15,7 +15,7 @@ import numpy as np
 
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Params
-from crcm_jax.models.wan.umt5 import UMT5Encoder
+from crcm_jax.models.text.umt5 import UMT5Encoder
 
 MAX_TOKENS = 512
 """Tokens that Wan's transformers look at, the end-of-sequence token included."""

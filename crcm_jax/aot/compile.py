@@ -25,10 +25,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crcm_jax import build
+from crcm_jax.aot import chips, dumps, flops, hlo
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.objectives.algorithm import Algorithm
-from crcm_jax.parallel import chips, dumps, flops, hlo, plan, rules
 from crcm_jax.parallel import mesh as meshes
+from crcm_jax.parallel import plan, rules
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.step import make_steps

@@ -1,8 +1,8 @@
 """Speed and memory of the real train step with random weights, whole and by its parts.
 
-    python -m crcm_jax.train.bench
-    python -m crcm_jax.train.bench --training sf_dmd --only step
-    python -m crcm_jax.train.bench --teacher 14b --chunks 3-3 --profile /tmp/trace
+    python -m benchmarks.train
+    python -m benchmarks.train --training sf_dmd --only step
+    python -m benchmarks.train --teacher 14b --chunks 3-3 --profile /tmp/trace
 
 The step is the one that `crcm train` runs: its losses from the configuration, its optimiser, averages and guards, on
 any mesh (`--mesh fsdp=4`). Parts are compiled by themselves, so that their sum need not be the step's time. "Useful"
@@ -21,20 +21,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from benchmarks import kernel_times
+from benchmarks.train_work import Clip
+from benchmarks.wan import random_params
 from configs import wan_shapes
 from crcm_jax import build, compiler
 from crcm_jax.models.guidance import guided_velocity
-from crcm_jax.models.wan.bench import random_params
 from crcm_jax.models.wan.config import REMAT
 from crcm_jax.objectives import common
 from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.objectives.sf_dmd import Scores, dmd_target
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import plan, rules
-from crcm_jax.rollout import frozen_rollout, replay
-from crcm_jax.train import ema, kernel_times
+from crcm_jax.sampling.rollout import frozen_rollout, replay
+from crcm_jax.train import ema
 from crcm_jax.train import state as states
-from crcm_jax.train.bench_work import Clip
 from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.step import make_steps
 from pallas_kernels.attention import IMPLEMENTATIONS

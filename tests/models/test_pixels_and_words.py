@@ -6,7 +6,8 @@ import pytest
 
 from crcm_jax.data import digits
 from crcm_jax.errors import UserError
-from crcm_jax.models.toy import DIGITS_VOCABULARY, PixelCodec, WordEncoder
+from crcm_jax.models.text.words import DIGITS_VOCABULARY, WordEncoder
+from crcm_jax.models.vae.pixels import PixelCodec
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import jax
 from einops import rearrange
 from flax import nnx
 
-from crcm_jax.models.wan.vae_config import WanVAEConfig
-from crcm_jax.models.wan.vae_layers import (
+from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.layers import (
     Attention,
     CausalConv,
     Conv,

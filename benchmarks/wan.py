@@ -1,7 +1,7 @@
 """Speed of the Wan transformer with random weights: one velocity of a whole clip, and streaming it chunk by chunk.
 
-    python -m crcm_jax.models.wan.bench
-    XLA_PYTHON_CLIENT_MEM_FRACTION=.5 python -m crcm_jax.models.wan.bench --torch
+    python -m benchmarks.wan
+    XLA_PYTHON_CLIENT_MEM_FRACTION=.5 python -m benchmarks.wan --torch
 
 Streaming is the transformer alone, through the sampler that `crcm sample` uses; frames/s are pixel frames. With
 `--torch`, diffusers' `WanTransformer3DModel` runs on the same device with the same weights: its time, and how far the
@@ -23,7 +23,7 @@ from crcm_jax.models.base import Condition
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer, unstacked
 from crcm_jax.sampling import Few, draw_noise, stream
-from crcm_jax.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
 from pallas_kernels.attention import IMPLEMENTATIONS
 
 SIZES = {"1.3b": WanConfig.t2v_1_3b, "14b": WanConfig.t2v_14b}
@@ -135,7 +135,7 @@ def main():
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print("peak of the device:", f"{peak / 2**30:.2f} GiB" if peak else "not reported")
     if a.torch:
-        from crcm_jax.models.wan import bench_torch
+        from benchmarks import wan_torch as bench_torch
 
         bench_torch.compare(c, params, shape, cond, a.repeats)
 

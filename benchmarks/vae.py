@@ -1,6 +1,6 @@
 """Speed and memory of the Wan autoencoders with random weights, on whatever device there is.
 
-    python -m crcm_jax.models.wan.bench_vae --height 480 --width 832 --frames 81
+    python -m benchmarks.vae --height 480 --width 832 --frames 81
 
 Compilation is not timed. "decode, later chunk" is what a stream pays for each chunk after its first.
 """
@@ -15,8 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from crcm_jax.models.wan.vae import WanVAE
-from crcm_jax.models.wan.vae_config import CONVOLUTIONS, WanVAEConfig
+from crcm_jax.models.vae.config import CONVOLUTIONS, WanVAEConfig
+from crcm_jax.models.vae.wan import WanVAE
 
 VERSIONS = {"2.1": WanVAEConfig.wan21, "2.2": WanVAEConfig.wan22}
 
@@ -87,7 +87,7 @@ def main():
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print("peak of the device:", f"{peak / 2**30:.2f} GiB" if peak else "not reported")
     if a.torch:
-        from crcm_jax.models.wan import bench_torch
+        from benchmarks import wan_torch as bench_torch
 
         bench_torch.vae(a.frames, a.height, a.width, a.repeats)
 

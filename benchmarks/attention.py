@@ -1,4 +1,4 @@
-"""Benchmark at Wan2.1-1.3B shapes: `python -m pallas_kernels.attention.bench`.
+"""Benchmark at Wan2.1-1.3B shapes: `python -m benchmarks.attention`.
 
 Prints a table of times and useful TFLOP/s: 4 floating-point operations per allowed query–key pair and channel for a
 forward pass, 10 for a backward pass, 12 for forward and tangent, whatever a kernel really computes. Beside it, in the
@@ -19,9 +19,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 import jax
 import jax.numpy as jnp
 
+from benchmarks.clock import draw, milliseconds
 from pallas_kernels.attention import attention, shapes
 from pallas_kernels.attention.mask import BlockCausal, TeacherForcing
-from pallas_kernels.attention.timing import draw, milliseconds
 
 FORWARD, BACKWARD, FORWARD_TANGENT = 4, 10, 12
 
