@@ -25,19 +25,20 @@ from benchmarks import kernel_times
 from benchmarks.train_work import Clip
 from benchmarks.wan import random_params
 from configs import wan_shapes
-from crcm_jax import build, compiler
-from crcm_jax.models.guidance import guided_velocity
+from crcm_jax import compiler, parts, recipes
+from crcm_jax.models.base import ITSELF, Condition, TeacherForcing
 from crcm_jax.models.wan.config import REMAT
 from crcm_jax.objectives import common
-from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.objectives.sf_dmd import Scores, dmd_target
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import plan, rules
+from crcm_jax.parallel import plan
+from crcm_jax.parallel.rules import Layout
+from crcm_jax.recipes import Training
+from crcm_jax.recipes.options import conditions, matching
 from crcm_jax.sampling.rollout import frozen_rollout, replay
-from crcm_jax.train import ema
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.step import make_steps
+from crcm_jax.train.step import Frozen, make_steps, nets_of
 from pallas_kernels.attention import IMPLEMENTATIONS
 
 TINY = {"dim": 32, "ffn_dim": 64, "heads": 4, "layers": 2, "freq_dim": 16}
@@ -64,17 +65,19 @@ class Run:
 
     config: Any
     mesh: Mesh
-    algorithm: Algorithm
-    optimizers: tuple[Optimizer, Optimizer | None]
+    training: Training
+    optimizers: dict[str, Optimizer]
     state: states.TrainState
-    others: dict[str, Any]
-    batch: dict[str, jax.Array]
+    frozen: Frozen
+    batch: dict[str, Any]
 
-    def network(self, role: str = "student"):
-        return build.network(self.config, role, self.mesh)
+    @property
+    def nets(self):
+        return nets_of(self.training, self.state, self.frozen)
 
     def clip(self, role: str = "student") -> Clip:
-        return Clip(self.network(role).config, self.batch["latents"].shape[1:4], self.config.text.length)
+        network = self.training.networks[role]
+        return Clip(network.config, self.batch["latents"].shape[1:4], self.config.text.length)
 
     @property
     def size(self) -> int:
@@ -107,150 +110,153 @@ def configuration(a: argparse.Namespace):
 def build_run(config) -> Run:
     """Random weights and data, made where they lie."""
     mesh = meshes.make(config)
-    algorithm = rules.cut_gradients(build.algorithm(config, mesh), mesh)
-    critic_optimizer = None if algorithm.critic is None else Optimizer.from_config(config.critic_optim)
-    optimizers = Optimizer.from_config(config.optim), critic_optimizer
-    dtype = jnp.dtype(config.param_dtype)
+    training = recipes.make(config, mesh)
+    layout, dtype = Layout(mesh, training.rules), jnp.dtype(config.param_dtype)
+    optimizers = {name: Optimizer.from_config(config[player.optim]) for name, player in training.players.items()}
 
     def placed(make, *arguments, cut=None):
-        cut = cut or rules.shardings(jax.eval_shape(make, *arguments), mesh)
+        cut = cut or layout.shardings(jax.eval_shape(make, *arguments))
         return jax.jit(make, out_shardings=cut)(*arguments)
 
     def weights(role, seed):
-        return placed(lambda: random_params(build.network(config, role), dtype, seed))
+        return placed(lambda: random_params(training.networks[role], dtype, seed))
 
     def normal(seed, *shape, cut=None):
         return placed(lambda: jax.random.normal(jax.random.key(seed), shape), cut=cut)
 
-    data, text = config.data, (config.text.length, config.text.dim)
-    latents = build.codec(config).latent_shape(data.frames, data.height, data.width)
-    samples = meshes.samples(mesh)
-    batch = {
-        "latents": normal(11, data.batch_size, *latents, cut=samples),
-        "text": normal(12, data.batch_size, *text, cut=samples),
-    }
-    others = {role: weights(role, seed) for seed, role in enumerate(algorithm.reads, 1)}
-    critic = None if algorithm.critic is None else weights("critic", 9)
-    state = placed(lambda p, q: states.create(p, optimizers[0], q, critic_optimizer), weights("student", 0), critic)
-    return Run(config, mesh, algorithm, optimizers, state, {**others, "uncond": normal(10, 1, *text)}, batch)
+    def prompt(seed, rows, cut=None):
+        return {name: normal(seed, rows, *shape, cut=cut) for name, shape in parts.prompt_shape(config).items()}
+
+    size, samples = config.data.batch_size, meshes.samples(mesh)
+    batch = {"latents": normal(11, size, *parts.latent_shape(config), cut=samples), "prompt": prompt(12, size, samples)}
+    frozen = {role: weights(role, seed) for seed, role in enumerate(training.reads, 1)}
+    players = {name: weights(name, 9 if i else 0) for i, name in enumerate(training.players)}
+    state = placed(lambda params: states.create(params, training.players, optimizers), players)
+    return Run(config, mesh, training, optimizers, state, Frozen(frozen, Condition(prompt(10, 1))), batch)
 
 
 def rows(run: Run, simulated: int) -> Iterator[Row]:
     """Everything there is to time; the last row uses the run's state up."""
-    kind = run.config.training
-    yield from {"tf_scm": _consistency, "sf_dmd": _matching}[kind](run, simulated)
+    yield from PARTS[run.training.recipe.name](run, simulated)
+    law = run.training.players["student"].averages["ema"]
 
     def update(mine, grads):
         params, average, opt = mine
-        params, opt = run.optimizers[0].update(grads, opt, params)
-        return (params, ema.update(average, params, jnp.int32(5), 6.9), opt), opt.count
+        params, opt = run.optimizers["student"].update(grads, opt, params)
+        return (params, law.update(average, params, jnp.int32(5)), opt), opt.count
 
     def arguments():
-        state = run.state
-        return (state.params, state.ema, state.opt), jax.tree.map(jnp.zeros_like, state.ema)
+        student = run.state.players["student"]
+        ema = student.averages["ema"]
+        return (student.params, ema, student.opt), jax.tree.map(jnp.zeros_like, ema)
 
     yield Row("optimiser and average", update, arguments, 0.0, again=lambda mine: mine)
 
 
 def step_row(run: Run, player: str, useful: float, simulated: int) -> Row:
-    """The whole step of "student" or "critic", at a point of the run where rollouts take `simulated` steps."""
+    """The whole step of a player, at a point of the run where rollouts take `simulated` steps."""
     placed = jax.tree.map(lambda x: x.sharding, run.state)
-    c = run.config
-    steps = make_steps(run.algorithm, *run.optimizers, ema_rate=c.ema.rate, seed=c.seed, shardings=placed)
+    steps = make_steps(run.training, run.optimizers, seed=run.config.seed, shardings=placed)
+
+    def count(x):
+        return jax.device_put(jnp.int32(simulated - 1), x.sharding)
 
     def again(state):
-        now = jax.tree.map(lambda x: jax.device_put(jnp.int32(simulated - 1), x.sharding), state.progress)
-        run.state = state.replace(progress=now)
+        players = {name: p.replace(updates=count(p.updates)) for name, p in state.players.items()}
+        run.state = state.replace(iteration=count(state.iteration), players=players)
         return run.state
 
     def arguments():
-        return again(run.state), run.others, run.batch
+        return again(run.state), run.frozen, run.batch
 
-    return Row(f"step of the {player}", steps[player == "critic"], arguments, useful, again)
+    return Row(f"step of the {player}", steps[player], arguments, useful, again)
 
 
-def _gradient(run: Run, network, **view) -> Callable:
+def _gradient(run: Run, view=ITSELF) -> Callable:
     """Gradient of a plain forward pass in parameters, cut as the step cuts it."""
 
-    def gradient(params, x, t, cond, cotangent):
+    def gradient(model, x, t, cond, cotangent):
         def total(params):
-            return jnp.sum(cotangent * network.velocity(params, x, t, cond, **view))
+            return jnp.sum(cotangent * model.replace(params=params).velocity(x, t, cond, view))
 
-        return rules.in_pieces(jax.grad(total)(params), run.mesh)
+        return Layout(run.mesh, run.training.rules).in_pieces(jax.grad(total)(model.params))
 
     return gradient
 
 
 def _consistency(run: Run, simulated: int) -> Iterator[Row]:
-    others, batch = run.others, run.batch
-    chunks, guidance = build.chunk_pattern(run.config), run.config.objective.guidance
+    batch, guidance = run.batch, run.config.objective.guidance
+    chunks = run.training.networks["student"].chunks
     student = run.clip().teacher_forcing(chunks) * run.size
     teacher = run.clip("teacher").teacher_forcing(chunks) * (2 * run.size)
     yield step_row(run, "student", teacher.forward + student.forward + student.tangent + student.backward, 1)
 
     x, t, cond = batch["latents"], jnp.full((run.size, 1), TIME), common.condition(batch)
-    context = x, jnp.zeros((1, 1))
-    network, teaching = run.network(), run.network("teacher")
+    view = TeacherForcing(x, jnp.zeros((1, 1)))
 
-    def guided(params, x, t, batch, uncond):
-        uncond = common.unconditioned(batch, uncond)
-        cond = common.condition(batch)
-        return guided_velocity(teaching, params, x, t, cond, uncond, guidance, context=(x, jnp.zeros((1, 1))))
+    def guided(nets, x, t, batch):
+        cond, uncond = conditions(nets, batch)
+        return nets["teacher"].guided(x, t, cond, uncond, guidance, TeacherForcing(x, jnp.zeros((1, 1))))
 
-    arguments = lambda: (others["teacher"], x, t, batch, others["uncond"])  # noqa: E731
-    yield Row("teacher with guidance", guided, arguments, teacher.forward)
+    yield Row("teacher with guidance", guided, lambda: (run.nets, x, t, batch), teacher.forward)
 
-    def tangent(params, x, t, cond):
-        velocity = lambda x, t: network.velocity(params, x, t, cond, context=context)  # noqa: E731
+    def tangent(student, x, t, cond):
+        def velocity(x, t):
+            return student.velocity(x, t, cond, view)
+
         return jax.jvp(velocity, (x, t), (x, jnp.ones_like(t)))
 
-    yield Row("student, jvp", tangent, lambda: (run.state.params, x, t, cond), student.forward + student.tangent)
-    gradient = _gradient(run, network, context=context)
-    arguments, useful = lambda: (run.state.params, x, t, cond, x), student.forward + student.backward
-    yield Row("student, forward + backward", gradient, arguments, useful)
+    def model():
+        return run.nets["student"]
+
+    yield Row("student, jvp", tangent, lambda: (model(), x, t, cond), student.forward + student.tangent)
+    useful = student.forward + student.backward
+    yield Row("student, forward + backward", _gradient(run, view), lambda: (model(), x, t, cond, x), useful)
 
 
 def _matching(run: Run, simulated: int) -> Iterator[Row]:
-    c = run.config
-    others, batch = run.others, run.batch
-    chunks, steps = build.chunk_pattern(c), build.rollout_plan(c)
+    batch, constants = run.batch, matching(run.config)
+    chunks, plan = run.training.networks["student"].chunks, constants.plan
     shape = batch["latents"].shape
     passes = [run.clip().cached(chunks, chunk) for chunk in range(chunks.count(shape[1]))]
-    per_chunk = [min(simulated, steps.most_steps(chunk)) + 1 for chunk in range(len(passes))]
+    per_chunk = [min(simulated, plan.schedule.most_steps(chunk)) + 1 for chunk in range(len(passes))]
     text = run.clip().prompt()
     rolled = (sum(p.forward * n for p, n in zip(passes, per_chunk)) + text.forward) * run.size
     replayed = sum(p.forward + p.backward for p in (text, *passes)) * run.size
     real, fake = run.clip("real").bidirectional() * (2 * run.size), run.clip("critic").bidirectional() * run.size
     yield step_row(run, "student", rolled + real.forward + fake.forward + replayed, simulated)
     yield step_row(run, "critic", rolled + fake.forward + fake.backward, simulated)
-    network, key = run.network(), jax.random.key(0)
-    cond = common.condition(batch)
-    rolling = lambda params, cond, n: frozen_rollout(network, params, cond, key, steps, n, shape, chunks)  # noqa: E731
-    arguments = lambda: (run.state.params, cond, jnp.int32(simulated))  # noqa: E731
+    key, cond = jax.random.key(0), common.condition(batch)
+
+    def rolling(student, cond, n):
+        return frozen_rollout(student, cond, key, plan, n, shape)
+
+    def arguments():
+        return run.nets["student"], cond, jnp.int32(simulated)
+
     yield Row(f"rollout of {simulated} steps", rolling, arguments, rolled)
 
-    critic = run.network("critic")
+    def target(x, nets, batch):
+        cond, uncond = conditions(nets, batch)
+        return dmd_target(x, key, Scores(nets["real"], nets["critic"], uncond), cond, constants)
 
-    def target(x, real, fake, batch, uncond):
-        scores = Scores(run.network("real"), real, critic, fake)
-        cond, uncond = common.condition(batch), common.unconditioned(batch, uncond)
-        times = build.flow.time_distribution(**c.dmd.times)
-        return dmd_target(x, key, scores, cond, uncond, times=times, guidance=c.dmd.guidance)
+    yield Row("both scores", target, lambda: (batch["latents"], run.nets, batch), real.forward + fake.forward)
 
-    arguments = lambda: (batch["latents"], others["real"], run.state.critic, batch, others["uncond"])  # noqa: E731
-    yield Row("both scores", target, arguments, real.forward + fake.forward)
-
-    def again(params, cond, done, goal):
-        return replay(network, params, cond, done, goal, jnp.ones(shape[0]), chunks, at_once=c.dmd.at_once)
+    def again(student, cond, done, goal):
+        return replay(student, cond, done, goal, jnp.ones(shape[0]), at_once=constants.at_once)
 
     def rolled_out():
-        return run.state.params, cond, jax.jit(rolling)(run.state.params, cond, jnp.int32(1)), batch["latents"]
+        student = run.nets["student"]
+        return student, cond, jax.jit(rolling)(student, cond, jnp.int32(1)), batch["latents"]
 
     yield Row("replay", again, rolled_out, replayed)
     x, t = batch["latents"], jnp.full((run.size, 1), TIME)
-    gradient = _gradient(run, critic)
     useful = fake.forward + fake.backward
-    yield Row("critic, forward + backward", gradient, lambda: (run.state.critic, x, t, cond, x), useful)
+    yield Row("critic, forward + backward", _gradient(run), lambda: (run.nets["critic"], x, t, cond, x), useful)
+
+
+PARTS = {"tf_scm": _consistency, "sf_dmd": _matching}
+"""The parts of each recipe's step that are timed by themselves."""
 
 
 class Timing(NamedTuple):
@@ -266,8 +272,7 @@ def measure(row: Row, repeats: int, profile: str | None = None) -> Timing:
     """Compiles a row and times it: the fastest of `repeats` calls after one untimed."""
     jitted = row.function
     if not hasattr(jitted, "lower"):
-        donate = {"donate_argnums": 0} if row.again else {}
-        jitted = jax.jit(row.function, compiler_options=compiler.options(), **donate)
+        jitted = jax.jit(row.function, compiler_options=compiler.options(), donate_argnums=0 if row.again else ())
     arguments = list(row.arguments())
     began = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()

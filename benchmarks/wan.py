@@ -20,22 +20,32 @@ import jax.numpy as jnp
 from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
+from crcm_jax.models.core.stack import listed
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.transformer import WanTransformer, unstacked
-from crcm_jax.sampling import Few, draw_noise, stream
-from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
+from crcm_jax.models.wan.prompt import prompt
+from crcm_jax.models.wan.transformer import WanTransformer
+from crcm_jax.sampling import ContextRule, Few, Schedule, draw_noise, stream
+from crcm_jax.sampling.schedule import MID_TIMES
 from pallas_kernels.attention import IMPLEMENTATIONS
 
 SIZES = {"1.3b": WanConfig.t2v_1_3b, "14b": WanConfig.t2v_14b}
 TINY = {"dim": 32, "ffn_dim": 64, "heads": 2, "layers": 2, "freq_dim": 16, "text_dim": 16}
 
+_NOISY, _NOISY_LATER = ContextRule(True), ContextRule(True, 1)
 STREAMS = {
-    "4 steps + context pass, frame-wise": (ChunkPattern(1, 1), StepPlan((4,))),
-    "4 steps + context pass, chunks of 3": (ChunkPattern(3, 3), StepPlan((4,))),
-    "2 steps, noisy context": (ChunkPattern(1, 1), StepPlan((2,), ((5 / 8,),), True)),
-    "2 steps, noisy context, 4 in chunk 0": (ChunkPattern(1, 1), StepPlan((4, 2), (MID_TIMES, (5 / 8,)), True, 1)),
-    "1 step, noisy context": (ChunkPattern(1, 1), StepPlan((1,), ((),), True)),
-    "1 step, noisy context, 4 in chunk 0": (ChunkPattern(1, 1), StepPlan((4, 1), (MID_TIMES, ()), True, 1)),
+    "4 steps + context pass, frame-wise": (ChunkPattern(1, 1), Few()),
+    "4 steps + context pass, chunks of 3": (ChunkPattern(3, 3), Few()),
+    "2 steps, noisy context": (ChunkPattern(1, 1), Few(Schedule((2,), ((5 / 8,),)), _NOISY)),
+    "2 steps, noisy context, 4 in chunk 0": (
+        ChunkPattern(1, 1),
+        Few(Schedule((4, 2), (MID_TIMES, (5 / 8,))), ContextRule(True, 1)),
+    ),
+    "1 step, noisy context": (ChunkPattern(1, 1), Few(Schedule((1,), ((),)), _NOISY)),
+    "1 step, noisy context, 4 in chunk 0": (
+        ChunkPattern(1, 1),
+        Few(Schedule((4, 1), (MID_TIMES, ())), ContextRule(True, 1)),
+    ),
 }
 """Names, chunk patterns (frame-wise where nothing is said) and schedules (spec causal_rcm section 6.1)."""
 
@@ -81,24 +91,25 @@ def flops(c: WanConfig, tokens: int, text: int) -> float:
 def bench_velocity(c: WanConfig, params, shape, cond: Condition, repeats: int) -> str:
     """One velocity of a whole clip, every frame seeing every frame."""
     x, t = jax.random.normal(jax.random.key(1), shape), jnp.full((1, 1), 0.7)
-    velocity = jax.jit(WanTransformer(c).velocity, compiler_options=compiler.options())
-    took = seconds(lambda: velocity(params, x, t, cond), repeats)
+    velocity = jax.jit(Bound.velocity, compiler_options=compiler.options())
+    model = Bound(WanTransformer(c), params)
+    took = seconds(lambda: velocity(model, x, t, cond), repeats)
     tokens = math.prod(shape[1:4]) // math.prod(c.patch)
-    work = flops(c, tokens, cond.text.shape[1])
+    work = flops(c, tokens, cond.prompt["text"].shape[1])
     return f"{took:8.3f} s  {work / took / 1e12:6.0f} TFLOP/s of {work / 1e12:.0f} TFLOP, {tokens} tokens"
 
 
-def bench_stream(c: WanConfig, params, shape, cond: Condition, repeats: int, chunks: ChunkPattern, plan) -> str:
+def bench_stream(c: WanConfig, params, shape, cond: Condition, repeats: int, chunks: ChunkPattern, solver: Few) -> str:
     """A clip streamed chunk by chunk, without decoding."""
-    network, solver = WanTransformer(c, chunks, apart=isinstance(params["blocks"], list)), Few(plan)
+    model = Bound(WanTransformer(c, chunks, unrolled=isinstance(params["blocks"], list)), params)
     noise = draw_noise(jax.random.key(1), shape, solver.most)
 
     def run():
-        return list(stream(network, params, cond, None, shape=shape, chunks=chunks, solver=solver, noise=noise))
+        return list(stream(model, cond, shape=shape, solver=solver, noise=noise))
 
     first, took = first_and_best(run, repeats)
     passes = sum(len(solver.times(chunk)) - 1 for chunk in range(chunks.count(shape[1])))
-    passes += sum(not plan.noisy_context or i < plan.context_start for i in range(chunks.count(shape[1])))
+    passes += sum(not solver.context.noisy_at(i) for i in range(chunks.count(shape[1])))
     frames = 1 + 4 * (shape[1] - 1)
     each = f"{passes} passes of {1e3 * took / passes:.1f} ms"
     return f"{took:8.3f} s  {frames / took:6.1f} frames/s, {each}, compiled in {first - took:.0f} s"
@@ -112,7 +123,7 @@ def main():
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="[the best that applies]")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--stacked", action="store_true", help="stream with the layers' weights stacked, not apart")
+    parser.add_argument("--stacked", action="store_true", help="stream with the layers' weights stacked, not in a list")
     parser.add_argument("--torch", action="store_true", help="compare with diffusers' class")
     parser.add_argument("--tiny", action="store_true", help="a toy size")
     a = parser.parse_args()
@@ -123,12 +134,14 @@ def main():
     shape = (1, 1 + (a.frames - 1) // 4, height, width, c.in_channels)
     params = random_params(WanTransformer(c), jnp.dtype(a.dtype))
     text = jax.random.normal(jax.random.key(2), (1, 512, c.text_dim)).at[:, 60:].set(0)
-    cond = Condition(text=text)
+    cond = Condition(prompt(text))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {a.size}, {a.dtype}, latents {shape}", flush=True)
     rows = {"velocity, bidirectional": lambda: bench_velocity(c, params, shape, cond, a.repeats)}
-    layers = params if a.stacked else unstacked(params)
-    for name, (chunks, plan) in STREAMS.items():
-        rows[name] = lambda chunks=chunks, plan=plan: bench_stream(c, layers, shape, cond, a.repeats, chunks, plan)
+    layers = params if a.stacked else {**params, "blocks": listed(params["blocks"])}
+    for name, (chunks, solver) in STREAMS.items():
+        rows[name] = lambda chunks=chunks, solver=solver: bench_stream(
+            c, layers, shape, cond, a.repeats, chunks, solver
+        )
     for name, row in rows.items():
         if a.only in name:
             print(f"{name:38s} {row()}", flush=True)

@@ -12,6 +12,7 @@ import torch
 from benchmarks.wan import seconds
 from convert.tables import wan_transformer as tables
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer
 
@@ -36,12 +37,12 @@ def compare(c: WanConfig, params, shape, cond: Condition, repeats: int) -> None:
         ).eval()  # fmt: skip
     rope = WanTransformer3DModel(num_layers=0, attention_head_dim=c.head_dim).rope  # its tables are no parameters
     x = jax.random.normal(jax.random.key(1), shape)
-    theirs_in = torch.from_dlpack(jnp.moveaxis(x, -1, 1)).to(device), torch.from_dlpack(cond.text).to(device)
+    theirs_in = torch.from_dlpack(jnp.moveaxis(x, -1, 1)).to(device), torch.from_dlpack(cond.prompt["text"]).to(device)
     outputs = {}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         own = dataclasses.replace(c, dtype=name)
-        velocity = jax.jit(WanTransformer(own).velocity)
-        ours = functools.partial(velocity, params, x, jnp.full((1, 1), TIME), cond)
+        velocity = jax.jit(Bound.velocity)
+        ours = functools.partial(velocity, Bound(WanTransformer(own), params), x, jnp.full((1, 1), TIME), cond)
         model.load_state_dict(_state(c, params, dtype, device), assign=True)
         model.rope = rope.to(device)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from convert.models import Model
 from convert.sources import Source
+from crcm_jax.recipes import RECIPES
 
 # Licences: spec Wan2.1's and Wan2.2's repositories. The Wan2.2 autoencoder's own licence file was not seen.
 _BASES = {
@@ -80,7 +81,7 @@ def _recipe(training: str | None, meta: dict[str, Any], config: dict[str, Any]) 
 
 def _schedule(training: str | None, config: dict[str, Any]) -> str:
     rollout = config.get("rollout")
-    if training in ("bidirectional", "tf", "df"):
+    if training in RECIPES and not RECIPES[training].distills:
         return "none: a diffusion model, sampled with many steps and guidance."
     if not training or not rollout:
         return "not recorded in the source."

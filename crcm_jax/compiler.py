@@ -28,7 +28,7 @@ def options() -> dict[str, bool] | None:
     return _GPU
 
 
-def layers_apart() -> bool:
+def unrolls_layers() -> bool:
     """Whether many short passes run faster with layers written out than with a scan over them: on GPUs, where a scan
     copies each layer's weights out of their stack before it multiplies."""
     return jax.default_backend() == "gpu"

@@ -96,7 +96,7 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
         clock.say(f"training {number} of {len(stages)}: {name_of(training, pattern)}")
         config = stage_config(training, folder, changes, pattern)
         workdir = folder / name_of(training, pattern)
-        if int(train(config, workdir).progress.iteration) < config.train.steps:
+        if int(train(config, workdir).iteration) < config.train.steps:
             raise UserError("the demo was stopped: the same command goes on from here")
 
     clock.say("training the judge: a classifier of real digits")

@@ -24,15 +24,17 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crcm_jax import build
+from crcm_jax import parts, recipes
 from crcm_jax.aot import chips, dumps, flops, hlo
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.objectives.algorithm import Algorithm
+from crcm_jax.models.base import Condition
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import plan, rules
+from crcm_jax.recipes import Training
+from crcm_jax.recipes.options import rollout_plan
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.step import make_steps
+from crcm_jax.train.step import Frozen, make_steps
 from pallas_kernels.attention import mosaic_tpu
 
 # How libtpu says that a program needs more memory than there is; of temporaries, where they alone are too much.
@@ -55,8 +57,12 @@ class Inputs(NamedTuple):
     """The arguments of a step, as shapes with shardings."""
 
     state: states.TrainState
-    others: dict[str, Any]
-    batch: dict[str, jax.ShapeDtypeStruct]
+    frozen: Frozen
+    batch: dict[str, Any]
+
+    def networks(self) -> dict[str, Any]:
+        """The parameters of every network, by role."""
+        return {**{name: player.params for name, player in self.state.players.items()}, **self.frozen.params}
 
 
 class Run(NamedTuple):
@@ -65,7 +71,7 @@ class Run(NamedTuple):
     config: ConfigDict
     target: Target
     mesh: Mesh
-    algorithm: Algorithm
+    training: Training
     inputs: Inputs
 
 
@@ -143,19 +149,19 @@ def prepare(config: ConfigDict, target: Target) -> Run:
     if target.on_chip and not config.model.get("attention"):
         config = _with_attention(config, "mosaic_tpu")  # what it will be there, where the default device is a TPU
     mesh = meshes.make(config, target.devices)
-    algorithm = build.algorithm(config, mesh)
-    return Run(config, target, mesh, algorithm, _inputs(config, algorithm, mesh))
+    training = recipes.make(config, mesh)
+    return Run(config, target, mesh, training, _inputs(config, training, mesh))
 
 
 def trace_step(run: Run, player: str) -> Traced:
-    """Traces the step of `player`, "student" or "critic", and counts its work."""
+    """Traces the step of `player` and counts its work."""
     began = time.perf_counter()
-    program = _trace(run, run.algorithm, player)
+    program = _trace(run, run.training, player)
     seconds = time.perf_counter() - began
     counted = program
     if run.config.model.get("attention") != "mosaic_tpu":
         # Kernels say what they cost; other attention hides it in loops over tiles.
-        in_kernels = build.algorithm(_with_attention(run.config, "mosaic_tpu"), run.mesh)
+        in_kernels = recipes.make(_with_attention(run.config, "mosaic_tpu"), run.mesh)
         counted = _trace(run, in_kernels, player)
     work = flops.matmul_flops(counted.jaxpr.jaxpr, _rolls(run)) / len(run.target.devices)
     return Traced(player, program, seconds, work, work / run.target.chip.flops)
@@ -194,61 +200,58 @@ def optimise_step(run: Run, step: Traced) -> Compiled:
 
 def layer_bytes(inputs: Inputs) -> int:
     """Bytes of the parameters of one layer, whole, of the network whose layers are largest."""
-    networks = (inputs.state.params, inputs.state.critic, *inputs.others.values())
-    blocks = [tree["blocks"] for tree in networks if isinstance(tree, dict) and "blocks" in tree]
+    blocks = [tree["blocks"] for tree in inputs.networks().values()]
     return max(sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in blocks)
 
 
 def leaf_bytes(inputs: Inputs) -> int:
     """Bytes of the largest leaf of trained weights, as it lies on one device: what an update may put together."""
-    return max(rules.device_bytes(leaf) for leaf in jax.tree.leaves((inputs.state.params, inputs.state.critic)))
+    players = [player.params for player in inputs.state.players.values()]
+    return max(rules.device_bytes(leaf) for leaf in jax.tree.leaves(players))
 
 
 def undivided(run: Run) -> list[str]:
     """One line for each weight, of each network, that a rule would cut and whose length does not divide."""
     lines: list[str] = []
-    networks = {"student": run.inputs.state.params, "critic": run.inputs.state.critic, **run.inputs.others}
-    for tree in networks.values():
-        rules.shardings(tree, run.mesh, lines.append)
+    for tree in run.inputs.networks().values():
+        rules.Layout(run.mesh, run.training.rules).shardings(tree, lines.append)
     return list(dict.fromkeys(lines))
 
 
-def _inputs(config: ConfigDict, algorithm: Algorithm, mesh: Mesh) -> Inputs:
+def _inputs(config: ConfigDict, training: Training, mesh: Mesh) -> Inputs:
     key = jax.eval_shape(jax.random.key, 0)
     dtype = jnp.dtype(config.param_dtype)
+    layout = rules.Layout(mesh, training.rules)
 
-    def tree(role):
-        return jax.eval_shape(
-            lambda key: jax.tree.map(lambda x: x.astype(dtype), build.network(config, role).init(key)), key
-        )
+    def weights(role):
+        return jax.eval_shape(lambda k: jax.tree.map(lambda x: x.astype(dtype), training.networks[role].init(k)), key)
 
-    text = config.text.length, config.model.text_dim
-    others = {"uncond": jax.ShapeDtypeStruct((1, *text), jnp.float32), **{role: tree(role) for role in algorithm.reads}}
-    optimizer, critic_optimizer = _optimizers(config, algorithm)
-    critic = None if algorithm.critic is None else tree("critic")
+    optimizers = _optimizers(config, training)
     state = jax.eval_shape(
-        lambda params, critic: states.create(params, optimizer, critic, critic_optimizer), tree("student"), critic
+        lambda params: states.create(params, training.players, optimizers), {name: weights(name) for name in optimizers}
     )
-    latents = build.codec(config).latent_shape(config.data.frames, config.data.height, config.data.width)
     size, cut = config.data.batch_size, meshes.samples(mesh)
-    batch = {
-        "latents": jax.ShapeDtypeStruct((size, *latents), jnp.float32, sharding=cut),
-        "text": jax.ShapeDtypeStruct((size, *text), jnp.float32, sharding=cut),
-    }
-    return Inputs(rules.abstract(state, mesh), rules.abstract(others, mesh), batch)
+
+    def prompt(rows, sharding):
+        shapes = parts.prompt_shape(config).items()
+        return {n: jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=sharding) for n, shape in shapes}
+
+    latents = jax.ShapeDtypeStruct((size, *parts.latent_shape(config)), jnp.float32, sharding=cut)
+    uncond = Condition(prompt(1, meshes.whole(mesh)))
+    frozen = Frozen({role: layout.abstract(weights(role)) for role in training.reads}, uncond)
+    return Inputs(layout.abstract(state), frozen, {"latents": latents, "prompt": prompt(size, cut)})
 
 
-def _trace(run: Run, algorithm: Algorithm, player: str):
+def _trace(run: Run, training: Training, player: str):
     steps = make_steps(
-        rules.cut_gradients(algorithm, run.mesh),
-        *_optimizers(run.config, algorithm),
-        ema_rate=run.config.ema.rate,
+        training,
+        _optimizers(run.config, training),
         seed=run.config.seed,
         accumulate=run.config.optim.get("accumulate", 1),
         shardings=jax.tree.map(lambda x: x.sharding, run.inputs.state),
     )
     with mosaic_tpu.compile_for(run.target.chip.name if run.target.on_chip else "v5p"):
-        return steps[player == "critic"].trace(*run.inputs)
+        return steps[player].trace(*run.inputs)
 
 
 def _compile(run: Run, player: str, program: Any, folder: str):
@@ -293,7 +296,7 @@ def _optimise_here(config: ConfigDict, topology: str, player: str, folder: str, 
     """In the process that `_optimise_elsewhere` ends."""
     try:
         run = prepare(config, target(topology))
-        _compile(run, player, _trace(run, run.algorithm, player), folder)
+        _compile(run, player, _trace(run, run.training, player), folder)
     except UserError as error:
         answer.send(error)
 
@@ -316,7 +319,7 @@ def _collectives(run: Run, text: str) -> list[hlo.Collective]:
 def _rolls(run: Run) -> int:
     """How often the loop runs over a rollout's steps, whose number changes from update to update, at most: the last
     step stands by itself."""
-    return 1 if run.algorithm.critic is None else max(1, build.rollout_plan(run.config).steps[0] - 1)
+    return max(1, rollout_plan(run.config).schedule.most - 1)
 
 
 def _with_attention(config: ConfigDict, name: str) -> ConfigDict:
@@ -333,6 +336,5 @@ def _lack(run: Run, player: str, need: float, has: float) -> str:
     )
 
 
-def _optimizers(config: ConfigDict, algorithm: Algorithm) -> tuple[Optimizer, Optimizer | None]:
-    critic = None if algorithm.critic is None else Optimizer.from_config(config.critic_optim)
-    return Optimizer.from_config(config.optim), critic
+def _optimizers(config: ConfigDict, training: Training) -> dict[str, Optimizer]:
+    return {name: Optimizer.from_config(config[player.optim]) for name, player in training.players.items()}

@@ -14,7 +14,9 @@ from crcm_jax.data import video_files
 from crcm_jax.data.build import Job, Made
 from crcm_jax.data.example import Example
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.wan import library
+from crcm_jax.models.wan.prompt import prompt
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel.placement import Placement
@@ -89,9 +91,9 @@ class FromTeacher(_Maker):
         self.shape = library.latent_shape(self.release, self.frames, self.height, self.width)
         self.times, self.seed = teacher_times(steps, shift, sigma_max), seed
         self.options = {"times": self.times, "guidance": guidance, "solver": solver}
-        self.uncond = Condition(text=meshes.everywhere(self.encoder([negative]), self.mesh))
-        self.network = WanTransformer(self.release.transformer, None, Placement(self.mesh))
-        self.params = meshes.everywhere(library.load_transformer(self.network, weights), self.mesh)
+        self.uncond = Condition(prompt(meshes.everywhere(self.encoder([negative]), self.mesh)))
+        network = WanTransformer(self.release.transformer, None, Placement(self.mesh))
+        self.model = Bound(network, meshes.everywhere(library.load_transformer(network, weights), self.mesh))
 
     def prepare(self, jobs: Sequence[Job]) -> np.ndarray:
         return np.stack(
@@ -100,8 +102,8 @@ class FromTeacher(_Maker):
 
     def make(self, jobs: Sequence[Job], prepared: np.ndarray) -> list[Made]:
         text = self.encoder([job.prompt for job in jobs])
-        cond, noise = Condition(text=self._cut(text)), self._cut(prepared)
-        for latents in denoise_whole(self.network, self.params, cond, noise, uncond=self.uncond, **self.options):
+        cond, noise = Condition(prompt(self._cut(text))), self._cut(prepared)
+        for latents in denoise_whole(self.model, cond, noise, uncond=self.uncond, **self.options):
             # Waits for each step, so that it can be stopped between two.
             latents.block_until_ready()
         return self._examples(jobs, latents, text)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from crcm_jax.cli._sample_sources import Source
 from crcm_jax.evaluate.producer import clip_noise
 from crcm_jax.parallel.mesh import everywhere
-from crcm_jax.sampling import Few, Whole, denoise_whole, stream
+from crcm_jax.sampling import denoise_whole, stream
 
 
 def videos(source: Source, seed: int) -> Iterator[tuple[range, np.ndarray]]:
@@ -22,8 +22,8 @@ def videos(source: Source, seed: int) -> Iterator[tuple[range, np.ndarray]]:
 
     Clip i takes seed `seed` + i, however many there are and whatever they are made with.
     """
-    count = source.cond.text.shape[0]
-    make = _whole if isinstance(source.solver, Whole) else _stream
+    count = jax.tree.leaves(source.cond.prompt)[0].shape[0]
+    make = _whole if source.chunks is None else _stream
     for start in range(0, count, source.batch):
         # A last group that is not full is filled up with its last prompt, so that one program serves all groups.
         rows = np.minimum(np.arange(start, start + source.batch), count - 1)
@@ -38,7 +38,7 @@ def _whole(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarra
     if first:
         print("crcm: compiling", file=sys.stderr)
     steps = denoise_whole(
-        source.network, source.params, cond, noise, times=times, solver=source.solver.solver,
+        source.model, cond, noise, times=times, solver=source.solver.solver,
         uncond=everywhere(source.uncond, source.mesh), guidance=source.guidance,
     )  # fmt: skip
     ends = []
@@ -56,24 +56,23 @@ def _whole(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarra
 
 
 def _stream(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarray:
-    few, latents = isinstance(source.solver, Few), source.latent_shape()
-    noise = clip_noise(seeds, latents, source.solver.most if few else 0, image=source.image is not None)
-    image = source.image
+    latents, image = source.latent_shape(), source.image
+    noise = clip_noise(seeds, latents, source.solver.draws, given=0 if image is None else 1)
     if image is not None:
         image = everywhere(jnp.broadcast_to(image, (len(seeds), *image.shape[1:])), source.mesh)
     noise, uncond = everywhere(noise, source.mesh), everywhere(source.uncond, source.mesh)
 
     def run():
         chunks = stream(
-            source.network, source.params, cond, None, shape=(len(seeds), *latents), chunks=source.chunks,
-            solver=source.solver, uncond=uncond, guidance=source.guidance, image=image, noise=noise,
+            source.model, cond, shape=(len(seeds), *latents), solver=source.solver, uncond=uncond,
+            guidance=source.guidance, first=image, noise=noise,
         )  # fmt: skip
         return source.codec.decode_stream(source.codec_params, chunks)
 
     if first:
         print("crcm: compiling", file=sys.stderr)
         # A first chunk of another length, and the first one that keeps a noisy context, are programs of their own.
-        for _, pixels in zip(range(max(source.solver.plan.context_start, image is not None) + 2), run()):
+        for _, pixels in zip(range(max(source.solver.context.start, image is not None) + 2), run()):
             jax.block_until_ready(pixels)
     parts, latency, began = [], None, time.perf_counter()
     with tqdm(total=source.frames, unit="frame", desc="streaming") as bar:

@@ -10,31 +10,38 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from crcm_jax import recipes
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.evaluate.clips import DIFFUSION
-from crcm_jax.sampling import Few, Ode, Whole
-from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling import ContextRule, Few, Ode, Schedule, Solver, Whole
+from crcm_jax.sampling.schedule import MID_TIMES
 
 STREAMING = ("mid", "noisy_context", "context_start", "chunks")
 """Options that a bidirectional model has no use for."""
 
 
+def whole(options: argparse.Namespace, meta: Mapping[str, Any]) -> bool:
+    """Whether clips are made at once: by a model that its weights call bidirectional, or that the options do."""
+    training = meta.get("training")
+    return bool(options.sampler) or (training is not None and not recipes.named(training).causal)
+
+
 def choose(
     options: argparse.Namespace, meta: Mapping[str, Any], *, whole: bool = False
-) -> tuple[Few | Ode | Whole, float]:
+) -> tuple[Solver | Whole, float]:
     """(solver, guidance). meta: what the weights say, `training` and `config`, if anything; whole: whether the model
     is bidirectional whatever they say.
 
     UsageError for options that do not go together or not with the weights, UserError for impossible schedules.
     """
     training, config = meta.get("training"), meta.get("config") or {}
-    whole = whole or training == "bidirectional"
+    recipe = recipes.named(training) if training else None
+    whole = whole or (recipe is not None and not recipe.causal)
     if training and not whole and options.sampler:
         raise UsageError(f"--sampler is for bidirectional models, and this one was trained as {training!r}: drop it")
     if whole or options.sampler:
         return _whole(options, config)
     own = config.get("sample") or {}
-    if options.ode or (training in DIFFUSION and not options.steps):
+    if options.ode or (recipe is not None and not recipe.distills and not options.steps):
         guidance = own.get("guidance", 3.0) if options.guidance is None else options.guidance
         return _ode(options, own.get("ode_steps", 50)), guidance
     if options.shift is not None:
@@ -47,7 +54,7 @@ def choose(
     steps = options.steps or tuple(rollout.get("steps", (4,)))
     mid = options.mid or rollout.get("times") or usual_times(steps, noisy)
     try:
-        return Few(StepPlan(steps, tuple(map(tuple, mid)), noisy, start)), 1.0
+        return Few(Schedule(steps, tuple(map(tuple, mid))), ContextRule(noisy, start)), 1.0
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -71,8 +78,8 @@ def _ode(options: argparse.Namespace, steps: int) -> Ode:
     steps = steps if options.ode is None else options.ode
     if steps < 1:
         raise UsageError(f"--ode={steps}: use at least 1 step")
-    plan = StepPlan(noisy_context=options.noisy_context, context_start=options.context_start or 0)
-    return Ode(steps, options.shift or 3.0, plan=plan)
+    context = ContextRule(options.noisy_context, options.context_start or 0)
+    return Ode(steps, options.shift or 3.0, context=context)
 
 
 def usual_times(steps: Sequence[int], noisy: bool) -> tuple[tuple[float, ...], ...]:
@@ -81,18 +88,11 @@ def usual_times(steps: Sequence[int], noisy: bool) -> tuple[tuple[float, ...], .
     return tuple(two if n == 2 else MID_TIMES[: max(n - 1, 0)] for n in steps)
 
 
-def describe(solver: Few | Ode | Whole, guidance: float, meta: Mapping[str, Any]) -> str:
-    """One line for people: what will be done, and why that."""
-    if isinstance(solver, Whole):
-        way = f"the whole clip at once, {solver.solver}, {solver.steps} steps, shift {solver.shift:g}"
-    elif isinstance(solver, Ode):
-        way = f"chunk by chunk, {solver.steps} Euler steps each, shift {solver.shift:g}"
-    else:
-        way = f"chunk by chunk, {','.join(map(str, solver.plan.steps))} steps"
-        way += ", noisy context" if solver.plan.noisy_context else ""
-    guided = f", guidance {guidance:g}" if not isinstance(solver, Few) else ""
+def describe(solver: Solver | Whole, guidance: float, meta: Mapping[str, Any], *, whole: bool) -> str:
+    """One line for people: what will be done, and why that. whole: whether clips are made at once."""
+    guided = "" if solver.distilled else f", guidance {guidance:g}"
     trained = meta.get("training")
     said = f"trained as {trained}" if trained else "the weights do not say what they are"
-    if not trained and not isinstance(solver, Whole):
+    if not trained and not whole:
         said += ": --sampler=unipc is for bidirectional ones"
-    return f"{way}{guided} ({said})"
+    return f"{solver.describe()}{guided} ({said})"

@@ -18,21 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from crcm_jax import build
+from crcm_jax import parts, recipes
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.cli import _sample_solver as solvers
 from crcm_jax.cli._sample_mesh import batch, choose
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer
-from crcm_jax.models.base import Codec, Condition, Network, Params
+from crcm_jax.models.base import Codec, Condition, Params
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.vision import clip
 from crcm_jax.models.wan import library
 from crcm_jax.models.wan.image import condition_latents, size_of
+from crcm_jax.models.wan.prompt import EXTRA, prompt
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.parallel import rules
 from crcm_jax.parallel.mesh import everywhere
 from crcm_jax.parallel.placement import Placement
-from crcm_jax.sampling import Few, Ode, Whole
+from crcm_jax.parallel.rules import Layout
+from crcm_jax.sampling import Solver, Whole
 from crcm_jax.saving.weights import load_meta
 
 SIZE = (832, 480)
@@ -48,15 +50,13 @@ class Source:
     go to one file, one above the other. mesh: what the parameters lie on. seconds: what reading took, by part.
     """
 
-    network: Network
-    params: Params
+    model: Bound
     codec: Codec
     codec_params: Params
     cond: Condition
     uncond: Condition
     image: jax.Array | None
-    chunks: ChunkPattern | None
-    solver: Few | Ode | Whole
+    solver: Solver | Whole
     guidance: float
     frames: int
     height: int
@@ -66,6 +66,11 @@ class Source:
     together: bool
     mesh: Mesh | None
     seconds: dict[str, float]
+
+    @property
+    def chunks(self) -> ChunkPattern | None:
+        """The model's own; None of a bidirectional one."""
+        return self.model.network.chunks
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Of one clip."""
@@ -81,23 +86,29 @@ def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Sour
         )
     config, params, meta = producer.load(options.checkpoint, options.which, causal=False)
     solver, guidance = solvers.choose(options, {**meta, "training": config.training, "config": config})
-    print(f"crcm: {solvers.describe(solver, guidance, {'training': config.training})}", file=sys.stderr)
-    chunks = None if isinstance(solver, Whole) else build.chunk_pattern(config)
-    picture = _picture(options.image, chunks)
-    codec, data = build.codec(config), config.data
-    heads, weights = build.network(config).config.heads, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    mesh = choose(options.mesh, len(prompts), heads, weights)
+    network = recipes.student(config)
+    said = solvers.describe(solver, guidance, {"training": config.training}, whole=network.chunks is None)
+    print(f"crcm: {said}", file=sys.stderr)
+    picture = _picture(options.image, network.chunks)
+    codec, data = parts.codec(config), config.data
+    codec_params = codec.init(jax.random.key(0))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    mesh = choose(options.mesh, len(prompts), network.heads[1], weights)
+    network = recipes.student(config, mesh)
     if mesh is not None:
-        params = jax.device_put(params, rules.shardings(params, mesh))
+        params = jax.device_put(params, Layout(mesh, network.rules).shardings(params))
     image = None
     if picture is not None:
-        image = codec.encode(None, _pixels(picture, data.width, data.height, config.codec.get("channels", 1)))
-    text = build.text_encoder(config)
-    parts = batch(mesh)
+        image = codec.encode(codec_params, _pixels(picture, data.width, data.height, config.codec.get("channels", 1)))
+    text, cut = parts.text_encoder(config), batch(mesh)
+
+    def condition(prompts: Sequence[str]) -> Condition:
+        return Condition(jax.tree.map(jnp.asarray, text(prompts)))
+
     return Source(
-        build.network(config, mesh=mesh), params, codec, None, Condition(text=jnp.asarray(text(prompts))),
-        Condition(text=jnp.asarray(text([options.negative or ""]))), image, chunks, solver, guidance, data.frames,
-        data.height, data.width, options.fps or 8.0, -(-len(prompts) // parts) * parts, True, mesh, {},
+        Bound(network, params), codec, codec_params, condition(prompts), condition([options.negative or ""]), image,
+        solver, guidance, data.frames, data.height, data.width, options.fps or 8.0, -(-len(prompts) // cut) * cut, True,
+        mesh, {},
     )  # fmt: skip
 
 
@@ -106,7 +117,8 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     found, folder = library.release(options.model), Path(options.weights)
     meta = library.recorded(folder)
     solver, guidance = solvers.choose(options, meta, whole=found.image is not None)
-    chunks = None if isinstance(solver, Whole) else _chunks(options, meta)
+    whole = solvers.whole(options, meta) or found.image is not None
+    chunks = None if whole else _chunks(options, meta)
     if found.image is not None and not options.image:
         raise UsageError(f"--model={options.model} needs --image=FILE, the clip's first frame")
     if found.image is None and options.crop_image:
@@ -119,7 +131,7 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     mesh = choose(options.mesh, len(prompts), found.transformer.heads, weights)
     network = WanTransformer(found.transformer, chunks, Placement(mesh))
     library.check(folder, found.files)
-    print(f"crcm: {options.model}, {solvers.describe(solver, guidance, meta)}", file=sys.stderr)
+    print(f"crcm: {options.model}, {solvers.describe(solver, guidance, meta, whole=whole)}", file=sys.stderr)
     seconds: dict[str, float] = {}
 
     def timed(part: str, function, *args):
@@ -145,12 +157,15 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     params = timed("reading the transformer", library.load_transformer, network, folder)
 
     def condition(rows: np.ndarray) -> Condition:
-        spread = lambda leaf: None if leaf is None else jnp.broadcast_to(leaf, (len(rows), *leaf.shape[1:]))  # noqa: E731
-        return Condition(jnp.asarray(rows), spread(seen), spread(latents))
+        def spread(leaf):
+            return None if leaf is None else jnp.broadcast_to(leaf, (len(rows), *leaf.shape[1:]))
+
+        frames = {} if latents is None else {EXTRA: spread(latents)}
+        return Condition(prompt(jnp.asarray(rows), spread(seen)), frames)
 
     return Source(
-        network, params, vae, everywhere(vae_params, mesh), condition(texts[:-1]), condition(texts[-1:]), image,
-        chunks, solver, guidance, frames, height, width, options.fps or 16.0, batch(mesh), False, mesh, seconds,
+        Bound(network, params), vae, everywhere(vae_params, mesh), condition(texts[:-1]), condition(texts[-1:]), image,
+        solver, guidance, frames, height, width, options.fps or 16.0, batch(mesh), False, mesh, seconds,
     )  # fmt: skip
 
 

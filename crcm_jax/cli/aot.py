@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     with blame_config():
         run = ahead.prepare(config, target)
     mesh, room = meshes.describe(tuple(run.mesh.shape.values())), target.chip.hbm
-    kept = plan.of_state(run.inputs.state, run.inputs.others)
+    kept = plan.of_state(run.inputs.state, run.inputs.frozen.params)
     if "--row" not in switches:
         print(f"{topology}: {len(target.devices)} × {target.chip.kind}, {room / _GIB:.0f} GiB each; {mesh}")
         for line in ahead.undivided(run):
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
         raise UserError(lack)
     layer, leaf = ahead.layer_bytes(run.inputs), ahead.leaf_bytes(run.inputs)
     compile_step = ahead.optimise_step if "--no-code" in switches and target.on_chip else ahead.compile_step
-    for player in ("student",) if run.algorithm.critic is None else ("student", "critic"):
+    for player in run.training.players:
         traced = ahead.trace_step(run, player)
         compiled = None if "--trace" in switches else compile_step(run, traced)
         if "--row" in switches:

@@ -51,15 +51,17 @@ def main(argv: list[str]) -> int:
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
     from tqdm import tqdm
 
+    from crcm_jax import recipes
     from crcm_jax.evaluate import producer, run
-    from crcm_jax.sampling import Ode
+    from crcm_jax.sampling import Ode, Whole
 
     config, params, meta = producer.load(options.checkpoint, options.which, causal=options.ode is None)
     if options.steps:
         solver = producer.few_step_solver(config, options.steps, options.mid)
-        made = dict(steps=list(options.steps), mid=[list(row) for row in solver.plan.times])
+        made = dict(steps=list(options.steps), mid=[list(row) for row in solver.schedule.mid])
     else:
-        solver = Ode(options.ode)
+        ode = Ode(options.ode)
+        solver = ode if recipes.of(config).causal else Whole("euler", ode.steps, ode.shift, ode.sigma_max)
         made = dict(ode=options.ode)
     produce = producer.producer(config, params, solver, guidance=options.guidance)
     print("crcm: training the judge on real digits", file=sys.stderr)

@@ -25,6 +25,20 @@ SOURCES: dict[str, Callable[[Any, str], Any]] = {"digits": DigitsSource, "tfds":
 `LatentSource` have `latents` and `text` in place of `video`."""
 
 
+HOLDS: dict[str, frozenset[str]] = {name: frozenset({"latents"}) for name in SOURCES}
+"""What each source's examples give, in the words of `Recipe.needs`; encoded on the way where they are videos."""
+
+
+def require(config: Any, needs: frozenset[str]) -> None:
+    """UserError where the data that `config` names lack something that its recipe needs."""
+    if config.data.name in SOURCES and (missing := sorted(needs - HOLDS[config.data.name])):
+        holding = [name for name, holds in HOLDS.items() if needs <= holds]
+        raise UserError(
+            f"training {config.training!r} needs {missing[0]} in its data, and data.name={config.data.name} has none: "
+            + (f"use {' or '.join(holding)}" if holding else "no source of this version has them")
+        )
+
+
 def holds_latents(config: Any) -> bool:
     """Whether the data are encoded already, so that neither codec parameters nor a text encoder are needed."""
     return SOURCES.get(config.data.name) is LatentSource
@@ -47,7 +61,7 @@ def make(
     codec_params: Params = None,
     rows: Sequence[int] | None = None,
 ) -> Iterable[dict[str, np.ndarray]]:
-    """Endless batches `{"latents": [batch, frame, height, width, channel], "text": [batch, token, channel]}`, float32.
+    """Endless batches, as `recipes.base.Batch` has them: `latents` `[batch, frame, height, width, channel]`, `prompt`.
 
     Where the data are latents already (`holds_latents`) the codec only says of which shape they must be, the text
     encoder is not asked, and batches also have `damaged`, int32 `[batch]`: how many damaged examples were passed over.
@@ -132,8 +146,12 @@ class _Position(Iterator):
 
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Encoded examples → one training batch."""
-    batch = {name: np.stack([example[name] for example in examples]) for name in ("latents", "text")}
-    return {**batch, "damaged": np.array([example["damaged"] for example in examples], np.int32)}
+
+    def stack(name):
+        return np.stack([example[name] for example in examples])
+
+    damaged = np.array([example["damaged"] for example in examples], np.int32)
+    return {"latents": stack("latents"), "prompt": {"text": stack("text")}, "damaged": damaged}
 
 
 class _Encode:
@@ -146,5 +164,5 @@ class _Encode:
         video = np.stack([example["video"] for example in examples])
         return dict(
             latents=np.asarray(self._codec.encode(self._codec_params, video), np.float32),
-            text=self._text_encoder([example["prompt"] for example in examples]),
+            prompt=self._text_encoder([example["prompt"] for example in examples]),
         )

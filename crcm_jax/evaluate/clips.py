@@ -7,20 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from crcm_jax import recipes
 from crcm_jax.evaluate import producer
 from crcm_jax.evaluate.run import heldout_prompts
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Params
-from crcm_jax.sampling import Few, Ode
-
-DIFFUSION = ("bidirectional", "tf", "df")
-
-
-def own_solver(config) -> tuple[Few | Ode, float]:
-    """(solver, guidance) that the run's own model is meant for: many guided steps, or its few-step schedule."""
-    if config.training in DIFFUSION:
-        return Ode(config.sample.ode_steps), config.sample.guidance
-    return producer.few_step_solver(config, config.rollout.steps), 1.0
 
 
 def training_clips(config) -> Callable[[Params, int, Path], None] | None:
@@ -33,7 +24,7 @@ def training_clips(config) -> Callable[[Params, int, Path], None] | None:
     prompts = heldout_prompts(config, config.sample.prompts)
 
     def write(params: Params, iteration: int, folder: Path) -> None:
-        solver, guidance = own_solver(config)
+        solver, guidance = recipes.own_sampler(config)
         videos = producer.producer(config, params, solver, guidance=guidance)(prompts, range(len(prompts)))
         stacked = np.concatenate(list(videos), axis=1)
         for suffix in ("gif", "png"):

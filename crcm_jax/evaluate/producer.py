@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crcm_jax import build
+from crcm_jax import parts, recipes
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate.run import Producer
 from crcm_jax.models.base import Condition, Params
-from crcm_jax.sampling import Few, Noise, Ode, generate, generate_whole
-from crcm_jax.sampling.schedule import StepPlan
+from crcm_jax.models.bound import Bound
+from crcm_jax.recipes.options import rollout_plan
+from crcm_jax.sampling import Few, Noise, Schedule, Solver, Whole, generate, generate_whole
 from crcm_jax.saving.weights import load_meta, load_params
 
 
@@ -30,9 +31,9 @@ def load(checkpoint: str | Path, which: str = "ema", causal: bool = True) -> tup
     if not meta.get("config"):
         raise UserError(f"{checkpoint} does not say how it was configured: give a run's workdir or checkpoint")
     config = ConfigDict(meta["config"])
-    if causal and config.training == "bidirectional":
+    if causal and not recipes.of(config).causal:
         raise UserError(f"{checkpoint} is bidirectional and cannot stream: give a causal model trained from it")
-    expect = jax.eval_shape(build.network(config).init, jax.random.key(0))
+    expect = jax.eval_shape(recipes.student(config).init, jax.random.key(0))
     dtype = jnp.dtype(config.get("param_dtype", "float32"))
     return config, load_params(checkpoint, which, expect=expect, dtype=dtype), meta
 
@@ -43,48 +44,48 @@ def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[floa
     mid: times between 1 and 0 at which every chunk stops, as many as its steps need; by default those of
     `config.rollout`, whose way of seeing context it also takes. UserError for impossible schedules.
     """
-    rollout = config.rollout
-    times = tuple(tuple(row) for row in rollout.times) if mid is None else (tuple(mid),)
+    times = tuple(tuple(row) for row in config.rollout.times) if mid is None else (tuple(mid),)
     try:
-        return Few(StepPlan(tuple(steps), times, rollout.noisy_context, rollout.context_start))
+        return Few(Schedule(tuple(steps), times), rollout_plan(config).context)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def producer(config: ConfigDict, params: Params, solver: Few | Ode, *, guidance: float = 1.0) -> Producer:
+def producer(config: ConfigDict, params: Params, solver: Solver | Whole, *, guidance: float = 1.0) -> Producer:
     """The producer of a model: chunk by chunk if it is causal, the whole clip at once if it is bidirectional.
 
     A seed is all of a clip's randomness: models given one share their noise. `guidance` above 1 mixes in the empty
     prompt's velocity, for diffusion models. Videos are clipped to [−1, 1]. UserError for few steps of a bidirectional
     model.
     """
-    network, codec, text_encoder = build.network(config), build.codec(config), build.text_encoder(config)
-    latents = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
-    shared = {"uncond": Condition(text=jnp.asarray(text_encoder([""]))), "guidance": guidance}
-    bidirectional = config.training == "bidirectional"
-    if bidirectional and not isinstance(solver, Ode):
+    model = Bound(recipes.student(config), params)
+    codec, text_encoder, latents = parts.codec(config), parts.text_encoder(config), parts.latent_shape(config)
+
+    def condition(prompts: Sequence[str]) -> Condition:
+        return Condition(jax.tree.map(jnp.asarray, text_encoder(prompts)))
+
+    shared = {"uncond": condition([""]), "guidance": guidance}
+    whole = model.network.chunks is None
+    if whole and solver.distilled:
         raise UserError("a bidirectional model is not distilled: sample it with many steps, --ode=N")
-    steps = 0 if isinstance(solver, Ode) else solver.most
-    decode = jax.jit(lambda latents: jnp.clip(codec.decode(None, latents), -1, 1))
+    decode = jax.jit(lambda latents: jnp.clip(codec.decode(codec.init(jax.random.key(0)), latents), -1, 1))
 
     def produce(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        cond, noise = Condition(text=jnp.asarray(text_encoder(prompts))), clip_noise(seeds, latents, steps)
-        if bidirectional:
-            clips = generate_whole(
-                network, params, cond, noise.initial, times=solver.times(0), solver="euler", **shared
-            )
+        cond, noise = condition(prompts), clip_noise(seeds, latents, 0 if whole else solver.draws)
+        if whole:
+            clips = generate_whole(model, cond, noise.initial, times=solver.times, solver=solver.solver, **shared)
         else:
-            view = {"shape": noise.initial.shape, "chunks": build.chunk_pattern(config), "solver": solver}
-            clips = generate(network, params, cond, None, noise=noise, **view, **shared)
+            clips = generate(model, cond, shape=noise.initial.shape, solver=solver, noise=noise, **shared)
         return np.asarray(decode(clips))
 
     return produce
 
 
-def clip_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], steps: int, image: bool = False) -> Noise:
+def clip_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], steps: int, given: int = 0) -> Noise:
     """The noise of clips of latents `shape` [frame, height, width, channel], each drawn from its own seed alone.
 
-    More steps leave the earlier draws as they are. NumPy draws it: nothing to compile for each number of clips.
+    given: how many of its first frames are given. More steps leave the earlier draws as they are. NumPy draws it: there
+    is nothing to compile for each number of clips.
     """
 
     def draw(purpose: int, shape: tuple[int, ...]) -> jax.Array:
@@ -93,7 +94,7 @@ def clip_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], steps: in
 
     renoised = [draw(2 + step, shape) for step in range(steps)]
     return Noise(
-        initial=draw(0, (shape[0] - image, *shape[1:])),
+        initial=draw(0, (shape[0] - given, *shape[1:])),
         steps=jnp.stack(renoised) if renoised else jnp.zeros((0, len(seeds), *shape)),
-        image=draw(1, (1, *shape[1:])),
+        image=draw(1, (max(given, 1), *shape[1:])),
     )

@@ -1,4 +1,4 @@
-"""What objectives, rollouts and samplers may ask of a network, a codec and a text encoder.
+"""What objectives, rollouts and samplers may ask of a network, a codec and a text encoder, and with what they ask it.
 
 Latents are channels-last `[batch, frame, height, width, channel]`; times are rectified-flow t in [0, 1] per frame,
 `[batch, frame]`, with t = 1 pure noise; velocity is v = ε − x0.
@@ -6,66 +6,135 @@ Latents are channels-last `[batch, frame, height, width, channel]`; times are re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
 import jax
 import numpy as np
 
+from crcm_jax.cache import FULL, PLAIN, CachePolicy, KVCache, Storage
+from crcm_jax.chunks import ChunkPattern
+from crcm_jax.parallel.rules import Table
+
 Params = Any
 """A nested dict of arrays."""
-
-Cache = Any
-"""Keys and values of earlier chunks, a value that goes in and comes out; stacked over layers."""
 
 
 @flax.struct.dataclass
 class Condition:
     """What the video should show.
 
-    text: `[batch, token, channel]` text embeddings, zeros past the prompt's end (they are attended, spec section 7.4).
-    image: `[batch, token, channel]` image embeddings (Wan2.1 I2V), or None.
-    latents: `[batch, frame, height, width, channel]` extra input channels (Wan I2V), or None.
+    prompt: the model family's own tree of arrays `[batch, …]`; of Wan `{"text": …}` (models/wan/prompt.py).
+    frames: what accompanies each latent frame, by name, `[batch, frame, …]`: actions, cameras, extra input channels.
+    given: `[batch, frame]` booleans of frames that are conditions themselves, clean and never generated; None for none.
     """
 
-    text: jax.Array
-    image: jax.Array | None = None
-    latents: jax.Array | None = None
+    prompt: Any
+    frames: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    given: jax.Array | None = None
+
+    def at(self, span: slice) -> Condition:
+        """The condition of some of the frames alone."""
+        given = None if self.given is None else self.given[:, span]
+        return self.replace(frames={name: value[:, span] for name, value in self.frames.items()}, given=given)
+
+
+@flax.struct.dataclass
+class Prepared:
+    """A condition whose prompt a network has worked through; frames and given as in `Condition`."""
+
+    prompt: Any
+    frames: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    given: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Itself:
+    """The view in which x sees itself: all of it, or, if the network is causal, its own and earlier chunks."""
+
+
+@flax.struct.dataclass
+class TeacherForcing:
+    """The view in which chunk i of x sees itself and the chunks before it of a context clip.
+
+    context: latents like x. times: of the context, `[batch or 1, frame or 1]`.
+    """
+
+    context: jax.Array
+    times: jax.Array
+
+
+@flax.struct.dataclass
+class OnCache:
+    """The view in which x sees itself and what a cache holds of the chunks before it.
+
+    chunk: which chunk of its clip x is, an int or a traced integer; None if x is the whole clip that the cache holds,
+        of which each chunk then sees those before it.
+    """
+
+    cache: Any
+    chunk: Any = None
+
+
+View = Itself | TeacherForcing | OnCache
+ITSELF = Itself()
 
 
 class Network(Protocol):
-    """A velocity network. The three ways of seeing context are one function (tests hold them equal)."""
+    """A velocity network, whole: nothing that this protocol does not name is ever asked of one.
 
-    def init(self, key: jax.Array) -> Params: ...
+    It is hashable and equal to its like (a frozen dataclass), since compiled programs are kept by it. The views of
+    context are one function: tests hold them equal. Every method raises ValueError, before anything is computed, for
+    what does not fit it.
+    """
+
+    @property
+    def chunks(self) -> ChunkPattern | None:
+        """How frames form chunks, told here and nowhere else; None of a bidirectional network."""
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters, float32."""
+
+    def condition(self, params: Params, cond: Condition, *, many: bool = True) -> Prepared:
+        """The condition as passes take it. many: whether work is worth doing here that each of many passes would
+        otherwise repeat; the results are the same. ValueError for another family's prompt and for missing frames."""
 
     def velocity(
-        self,
-        params: Params,
-        x: jax.Array,
-        t: jax.Array,
-        cond: Condition,
-        *,
-        context: tuple[jax.Array, jax.Array] | None = None,
-        cache: Cache | None = None,
-        chunk: int | jax.Array | None = None,
+        self, params: Params, x: jax.Array, t: jax.Array, prepared: Prepared, view: View = ITSELF
     ) -> jax.Array:
-        """Velocity of `x` at per-frame times `t`.
+        """Velocity of x `[batch, frame, height, width, channel]` at times t `[batch or 1, frame or 1]`."""
 
-        * neither `context` nor `cache`: x attends to itself, bidirectionally or, if the network is causal, to its own
-          and earlier chunks.
-        * `context=(c, t_c)`: teacher forcing; chunk i of x attends to itself and to chunks < i of c.
-        * `cache, chunk`: x is chunk `chunk` of a clip and attends to itself and to the cached chunks before it.
-        * `cache` alone: x is a whole clip; each of its chunks attends to itself and to the cached chunks before it.
+    def write(
+        self, params: Params, x: jax.Array, t: jax.Array, prepared: Prepared, cache: Any, chunk: int | jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """The velocity of chunk `chunk` on the cache, and the cache with that chunk in it: one pass for both."""
+
+    def cache(
+        self, batch: int, shape: tuple[int, int, int], policy: CachePolicy = FULL, storage: Storage = PLAIN
+    ) -> Any:
+        """An empty cache for clips of latent shape (frame, height, width)."""
+
+    def features(
+        self, params: Params, x: jax.Array, t: jax.Array, prepared: Prepared, layers: Sequence[int]
+    ) -> list[jax.Array]:
+        """The tokens `[batch, frame, token, channel]` that leave each of `layers` (numbers from 0) where x sees itself:
+        for discriminator heads, and for looking at numerics. ValueError for a layer that does not exist."""
+
+    def for_inference(self, params: Params, *, gather_once: bool = True) -> tuple[Network, Params]:
+        """The same network in the form in which many short passes without gradients are fastest, with its parameters.
+
+        gather_once: weights that are cut over devices may be put together now, instead of by every pass. Caches that
+        one form has written the other reads.
         """
 
-    def append(
-        self, params: Params, x: jax.Array, t: jax.Array, cond: Condition, cache: Cache, *, chunk: int | jax.Array
-    ) -> Cache:
-        """The cache with chunk `chunk`'s keys and values written into it."""
+    @property
+    def rules(self) -> Table:
+        """How a mesh cuts its parameters."""
 
-    def init_cache(self, batch: int, latent_shape: tuple[int, int, int], dtype: Any = None) -> Cache:
-        """An empty cache for clips of latent shape (frames, height, width)."""
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Attention heads of queries, and of keys and values: what a mesh must divide."""
 
 
 class Codec(Protocol):
@@ -73,6 +142,9 @@ class Codec(Protocol):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(frame, height, width, channel) of the latents of such a clip; ValueError if it does not divide."""
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters; an empty dict of a codec that has none."""
 
     def encode(self, params: Params, video: jax.Array) -> jax.Array: ...
 
@@ -83,6 +155,12 @@ class Codec(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Prompts → embeddings `[batch, token, channel]` float32, zeros past each prompt's end."""
+    """Prompts → the prompt tree of a `Condition`, leaves `[batch, …]`."""
 
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray: ...
+    def __call__(self, prompts: Sequence[str]) -> Mapping[str, np.ndarray]: ...
+
+
+__all__ = [
+    "ITSELF", "Codec", "Condition", "Itself", "KVCache", "Network", "OnCache", "Params", "Prepared", "TeacherForcing",
+    "TextEncoder", "View",
+]  # fmt: skip

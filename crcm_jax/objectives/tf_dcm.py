@@ -2,44 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from crcm_jax import flow
-from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models.base import Condition, Network
-from crcm_jax.models.guidance import guided_velocity
+from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.objectives import common
 
 
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The grid of a discrete consistency model: how many times it has, how they are shifted, and how many teacher steps
+    lie between the two of them that are held together."""
+
+    count: int = 48
+    skip: int = 1
+    shift: float = 3.0
+
+    def draw(self, key, size: int):
+        """Neighbouring times t_0 > … > t_skip, `[size, skip + 1]`."""
+        return flow.consistency_times(key, size, self.skip, self.count, self.shift)
+
+
+_LEVELS = Levels()
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteTime:
+    """The constants of TF-dCM. guidance: of the teacher. context_noise: of the student's context, the teacher's is
+    clean."""
+
+    levels: Levels = _LEVELS
+    guidance: float = 3.0
+    context_noise: common.ContextNoise = common.CLEAN
+    scale: float = 100.0
+
+
 def tf_dcm(
-    network: Network, params, batch, cond: Condition, key, *,
-    teacher_network: Network, teacher, uncond: Condition | None, chunks: ChunkPattern,
-    guidance: float = 3.0, levels: int = 48, skip: int = 1, time_shift: float = 3.0,
-    context_noise=common.ContextNoise(), scale: float = 100.0,
-):  # fmt: skip
+    student: Bound,
+    batch,
+    cond: Condition,
+    key,
+    *,
+    teacher: Bound,
+    uncond: Condition | None,
+    constants: DiscreteTime = DiscreteTime(),
+):
     """The student's x0 at t_0 must equal its x0 at t_n, `skip` teacher steps down the same trajectory.
 
     The target is the live student under stop-gradient (no EMA). Returns (losses `[batch]`, metrics).
     """
-    x0 = batch["latents"]
+    c, levels = constants, constants.levels
+    x0, held = batch["latents"], common.given(batch)
     time_key, noise_key, online_key, target_key = jax.random.split(key, 4)
-    t = flow.consistency_times(time_key, x0.shape[0], skip, levels, time_shift)
-    now = lambda k: t[:, k : k + 1]  # noqa: E731
-    x = flow.interpolate(x0, jax.random.normal(noise_key, x0.shape), now(0))
+    t = levels.draw(time_key, x0.shape[0])
 
-    def predict(params, x, t, key):
-        seen = common.context(key, x0, chunks, context_noise)
-        return flow.to_clean(x, network.velocity(params, x, t, cond, context=seen), t)
+    def now(k):
+        return t[:, k : k + 1] if held is None else held.times(jnp.broadcast_to(t[:, k : k + 1], held.frames.shape))
 
-    online = predict(params, x, now(0), online_key)
+    x, _ = common.noised(x0, jax.random.normal(noise_key, x0.shape), t[:, :1], held)
+
+    def predict(student, x, t, key):
+        view = common.context(key, x0, student.network.chunks, c.context_noise)
+        return flow.to_clean(x, student.velocity(x, t, cond, view), t)
+
+    online = predict(student, x, now(0), online_key)
 
     # The teacher's context is always clean, also where the student's is noisy.
-    clean = common.context(key, x0, chunks, common.ContextNoise())
-    for k in range(skip):
-        v = guided_velocity(teacher_network, teacher, x, now(k), cond, uncond, guidance, context=clean)
+    clean = common.context(key, x0, student.network.chunks)
+    for k in range(levels.skip):
+        v = teacher.guided(x, now(k), cond, uncond, c.guidance, clean)
         x = flow.euler(x, v, now(k), now(k + 1))
-    target = predict(jax.lax.stop_gradient(params), x, now(skip), target_key)
+    target = predict(student.frozen(), x, now(levels.skip), target_key)
 
     error = common.frame_mean(jnp.square(online - jax.lax.stop_gradient(target)))
-    return scale * jnp.sum(error, 1), {}
+    return c.scale * jnp.sum(common.generated(error, held), 1), {}

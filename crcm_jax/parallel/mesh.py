@@ -80,9 +80,14 @@ def _check(config, shape: dict[str, int]) -> None:
             raise UsageError(f"{lack} of the {role}: use a divisor")
 
 
+def whole(mesh: Mesh) -> NamedSharding:
+    """How arrays lie that each device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:
     """`tree`, whole on each device of the mesh, if there is one."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return tree if mesh is None else jax.device_put(tree, whole(mesh))
 
 
 def samples(mesh: Mesh) -> NamedSharding:

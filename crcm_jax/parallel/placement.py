@@ -111,7 +111,7 @@ class Placement:
             return unflat(x)
 
         def exchange(x):
-            return jax.lax.all_to_all(fill(unflat(x), 2, filled), TOKENS, 2, 3, tiled=True)
+            return jax.lax.all_to_all(pad_to(unflat(x), 2, filled), TOKENS, 2, 3, tiled=True)
 
         samples = self._over_samples(x.shape[0])
         return self._map(exchange, (self._by_heads(x.shape[0]),), P(samples, None, TOKENS, HEADS))(x)
@@ -156,18 +156,20 @@ class Placement:
         """Whether weights lie cut and are gathered where they are used."""
         return self.mesh is not None and self.mesh.shape["fsdp"] > 1 and not self.gathered
 
-    def gather(self, params: Any, name: str, dtype=None):
+    def gather(self, params: Any, name: str, table: rules.Table, dtype=None):
         """The weights of one layer, or of what is outside the layers, whole but for tensor.
 
-        params: a tree whose leaves' names, after `name`, are those that `rules` knows.
+        params: a tree whose leaves' names, after `name`, are those that `table` knows.
         dtype: what matrices are cast to before they travel, or None to leave them as they are.
         """
         if self.mesh is None or self.gathered:
             return params
 
+        layout = rules.Layout(self.mesh, table)
+
         def leaf(path, x):
-            of = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", x.shape, self.mesh
-            (cut, _), (pieces, _) = rules.spec(*of), rules.spec(*of, pieces=True)
+            of = f"{name}/{rules.leaf_name(path)}", x.shape
+            (cut, _), (pieces, _) = layout.spec(*of), layout.spec(*of, pieces=True)
             if cut == pieces and "fsdp" not in cut:
                 return x
             whole = P(*(None if axis == "fsdp" else axis for axis in cut))
@@ -201,7 +203,7 @@ class Placement:
 ONE_DEVICE = Placement()
 
 
-def fill(x, axis: int, length: int):
+def pad_to(x, axis: int, length: int):
     """x with zeros at the end of an axis, to that length."""
     return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 

@@ -17,22 +17,26 @@ Plan = dict[str, int]
 """What → bytes on one device, shards as the mesh cuts them."""
 
 
-def of_state(state: Any, others: dict[str, Any]) -> Plan:
+def of_state(state: Any, frozen: dict[str, Any]) -> Plan:
     """The plan of a `TrainState` and the frozen trees beside it; leaves are arrays, or shapes with shardings.
 
-    Gradients, in float32, come and go within a step, but no step can do without them. Activations are not in it: they
-    are known once the step is compiled.
+    Gradients, in float32, come and go within a step, one player's at a time, but no step can do without them.
+    Activations are not in it: they are known once the step is compiled.
     """
-    plan = {
-        "weights": rules.device_bytes(state.params),
-        "average": rules.device_bytes(state.ema),
-        "optimiser": rules.device_bytes(state.opt),
-        "gradients": rules.device_bytes(state.ema),
-        "critic": rules.device_bytes(state.critic),
-        "critic's optimiser": rules.device_bytes(state.critic_opt),
-    }
-    plan |= {name: rules.device_bytes(tree) for name, tree in others.items()}
+    plan: Plan = {}
+    for name, player in state.players.items():
+        plan[f"{name}'s weights"] = rules.device_bytes(player.params)
+        plan |= {f"{name}'s {average}": rules.device_bytes(tree) for average, tree in player.averages.items()}
+        plan[f"{name}'s optimiser"] = rules.device_bytes(player.opt)
+    moments = (player.opt.adam for player in state.players.values())
+    plan["gradients"] = max(_one_moment(adam) for adam in moments)
+    plan |= {name: rules.device_bytes(tree) for name, tree in frozen.items()}
     return {name: size for name, size in plan.items() if size}
+
+
+def _one_moment(adam: Any) -> int:
+    """Bytes of a player's gradient, in float32 and cut as its optimiser's two moments are."""
+    return rules.device_bytes([leaf for leaf in jax.tree.leaves(adam) if leaf.ndim]) // 2
 
 
 def table(plan: Plan) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
+import jax
 import numpy as np
 
 from crcm_jax import flow
@@ -40,43 +42,86 @@ def decreasing(times) -> tuple[float, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepPlan:
+class Schedule:
     """How many steps each chunk takes, and where.
 
     steps: most steps of each chunk, non-increasing; the last entry serves all later chunks.
-    times: for each entry of `steps`, the steps−1 times after t = 1; the last entry serves all later chunks.
-    noisy_context: cache the last denoising pass's input instead of a clean pass, from chunk `context_start` on.
+    mid: for each entry of `steps`, the steps−1 times after t = 1; the last entry serves all later chunks.
     """
 
     steps: tuple[int, ...] = (4,)
-    times: tuple[tuple[float, ...], ...] = (MID_TIMES,)
-    noisy_context: bool = False
-    context_start: int = 0
+    mid: tuple[tuple[float, ...], ...] = (MID_TIMES,)
 
     def __post_init__(self):
         if not self.steps or min(self.steps) < 1 or any(a < b for a, b in zip(self.steps, self.steps[1:])):
             raise ValueError(f"steps per chunk {list(self.steps)} must be at least 1 and never increase")
-        for chunk in range(max(len(self.steps), len(self.times))):
-            self.schedule(chunk)
+        for chunk in range(max(len(self.steps), len(self.mid))):
+            self.times(chunk)
+
+    @property
+    def most(self) -> int:
+        """Most steps of any chunk."""
+        return self.steps[0]
 
     def most_steps(self, chunk: int) -> int:
         """m_b: the chunk's steps at inference."""
         return self.steps[min(chunk, len(self.steps) - 1)]
 
-    def schedule(self, chunk: int) -> tuple[float, ...]:
+    def times(self, chunk: int) -> tuple[float, ...]:
         """The chunk's m_b times, from 1; ValueError where too few are given or they do not decrease."""
-        mid = self.times[min(chunk, len(self.times) - 1)] if self.times else ()
+        mid = self.mid[min(chunk, len(self.mid) - 1)] if self.mid else ()
         return few_step(self.most_steps(chunk), mid, sigma_max=None)[:-1]
 
     def table(self, chunks: int) -> np.ndarray:
         """Times `[chunk, most steps]`, each row padded with its last time."""
-        rows = [self.schedule(chunk) for chunk in range(chunks)]
-        return np.array([row + row[-1:] * (self.steps[0] - len(row)) for row in rows], np.float32)
+        rows = [self.times(chunk) for chunk in range(chunks)]
+        return np.array([row + row[-1:] * (self.most - len(row)) for row in rows], np.float32)
 
-    def context_times(self, chunks: int) -> tuple[float, ...]:
-        """The last time of each chunk's own schedule: how noisy its cached context is; 1 for a single step."""
-        return tuple(self.schedule(chunk)[-1] for chunk in range(chunks))
 
-    def simulated_steps(self, updates):
-        """N: the truncated number of steps at this many updates of the network in question, cycling 1 … m_0."""
-        return updates % self.steps[0] + 1
+@dataclasses.dataclass(frozen=True)
+class ContextRule:
+    """What later chunks see of a chunk: its clean prediction or, if `noisy`, from chunk `start` on, what its last
+    denoising pass saw, which then serves both (spec: Causal-rCM section 6.2)."""
+
+    noisy: bool = False
+    start: int = 0
+
+    def noisy_at(self, chunk: int) -> bool:
+        """Whether later chunks see chunk `chunk` with noise."""
+        return self.noisy and chunk >= self.start
+
+    def times(self, schedule: Schedule, chunks: int) -> tuple[float, ...]:
+        """How noisy each chunk's context is, by itself: the last time of its own schedule, 1 for a single step."""
+        return tuple(schedule.times(chunk)[-1] for chunk in range(chunks))
+
+
+FOUR_STEPS = Schedule()
+CLEAN = ContextRule()
+
+
+class Exit(Protocol):
+    """At which step of its schedule a rollout in training reads x0 off."""
+
+    def steps(self, schedule: Schedule, updates: jax.Array, key: jax.Array) -> jax.Array:
+        """N, the truncated number of steps, of all chunks or `[chunk]`, at this many updates of the player at turn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+    """N cycles through 1 … m_0 with the player's own updates (spec: Causal-rCM section 4.5)."""
+
+    def steps(self, schedule: Schedule, updates, key):
+        """See `Exit`."""
+        return updates % schedule.most + 1
+
+
+CYCLE = Cycle()
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutPlan:
+    """How a student generates in training."""
+
+    schedule: Schedule = FOUR_STEPS
+    context: ContextRule = CLEAN
+    exit: Exit = CYCLE

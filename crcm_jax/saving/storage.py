@@ -26,7 +26,9 @@ from orbax.checkpoint.experimental import v1 as ocp
 from crcm_jax.errors import UserError
 from crcm_jax.saving import manifest
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Of format 1, `train.old_checkpoints` and `weights` know the trees' names."""
 FOLDER = "checkpoints"
 """Where a workdir keeps them."""
 
@@ -67,8 +69,9 @@ def abstract(tree: Any) -> Any:
 def read_meta(folder: Path) -> dict[str, Any]:
     """A checkpoint's meta.json; UserError if it is of a format this version does not know."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["format"] != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {meta['format']}, this version reads {FORMAT}")
+    if meta["format"] not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UserError(f"{folder} has checkpoint format {meta['format']}, this version reads {known}")
     return meta
 
 

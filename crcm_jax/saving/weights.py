@@ -70,7 +70,8 @@ def load_params(
 ) -> Params:
     """Weights from a run's workdir (its newest whole checkpoint), a checkpoint folder or a `.safetensors` file.
 
-    which: "ema", "params" (the student's live weights) or "critic"; a checkpoint of weights alone gives those it has.
+    which: "ema", "params" (the student's live weights) or "critic", or any tree of the checkpoint by its name; a
+      checkpoint of weights alone gives those it has.
     expect: a tree of anything with `shape` and `dtype` (arrays, `jax.eval_shape`), optionally `sharding`, that the
       weights must fit; without it they come as they are stored, on the first device.
     dtype: the type to load into; default `expect`'s, else the stored one.
@@ -99,14 +100,18 @@ def _targets(found: Path, stored: Params, expect: Params | None, dtype: Any) -> 
     return jax.tree.map(lambda x: x.update(dtype=dtype or x.dtype), targets)
 
 
+_NAMES = {"ema": "student.ema", "params": "student.params", "critic": "critic.params"}
+"""What users call a tree → what a run's checkpoint does; in format 1, and in one of weights alone, the former too."""
+
+
 def _load_folder(found: Path, which: str, expect: Params | None, dtype: Any) -> Params:
     shapes = storage.stored_shapes(found)
-    only_weights = [name for name in ("ema", "params") if name in shapes and "counters" not in shapes]
-    if which not in shapes and which != "critic" and only_weights:
-        which = only_weights[0]
-    if which not in shapes:
+    name = next((name for name in (_NAMES.get(which, which), which) if name in shapes), None)
+    if name is None and which in ("ema", "params") and "counters" not in shapes:
+        name = next((name for name in ("ema", "params") if name in shapes), None)
+    if name is None:
         raise UserError(f"{found} holds no {which!r} weights, only {', '.join(sorted(shapes))}")
-    return storage.read_trees(found, {which: _targets(found, shapes[which], expect, dtype)})[which]
+    return storage.read_trees(found, {name: _targets(found, shapes[name], expect, dtype)})[name]
 
 
 @contextlib.contextmanager

@@ -1,91 +1,70 @@
-"""From a configuration to a run: networks, losses, data and initial weights, put together."""
+"""From a configuration to a run: recipe, networks, data and initial weights, put together."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from crcm_jax import build
+from crcm_jax import parts, recipes
 from crcm_jax.data import pipeline
 from crcm_jax.errors import UsageError, blame_config
 from crcm_jax.evaluate.clips import training_clips
-from crcm_jax.objectives.algorithm import Algorithm
+from crcm_jax.models.base import Condition, Params
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import processes, rules
+from crcm_jax.parallel import processes
+from crcm_jax.parallel.rules import Layout
+from crcm_jax.recipes import Training
 from crcm_jax.saving.weights import load_params
 from crcm_jax.train import encoders
 from crcm_jax.train.loop import Initial, run
 from crcm_jax.train.state import TrainState
-from crcm_jax.train.step import step_key
-
-_CAUSAL_DIFFUSION = ("tf", "df")
-_CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm")
-_MATCHING = ("sf_dmd", "tf_scm_sf_dmd")
-STAGES = {
-    "teacher": _CAUSAL_DIFFUSION,
-    "real": ("bidirectional",),
-    "critic": ("bidirectional", *_MATCHING),
-}
-"""Training types whose weights can play a role; those a student may start from depend on its own training type."""
+from crcm_jax.train.step import Frozen, step_key
 
 
-def student_stages(training: str) -> tuple[str, ...]:
-    """Training types whose weights the student of `training` may start from."""
-    if training == "bidirectional":
-        return ("bidirectional",)
-    if training in _CAUSAL_DIFFUSION:
-        return ("bidirectional", *_CAUSAL_DIFFUSION)
-    return (*_CAUSAL_DIFFUSION, *_CONSISTENCY, *(_MATCHING if training in _MATCHING else ()))
+def initial(config, training: Training, uncond: Condition) -> Initial:
+    """The weights that `config.init` names, in `config.param_dtype` and cut over `config.mesh`, checked against their
+    networks and the recipes that they come from; random ones, or another role's, where the recipe allows it.
 
-
-def initial(config, algorithm: Algorithm, uncond: Any) -> Initial:
-    """The trees that `config.init` names, in `config.param_dtype` and cut over `config.mesh`, checked against their
-    networks and stages.
-
-    student: random if its path is ''. critic: the real score if its path is ''. uncond: the negative prompt's embedding
-    `[1, token, channel]`.
+    uncond: the negative prompt, of one row. UsageError for a role that has no weights.
     """
-    key, mesh = step_key(config.seed, "init", 0, 0), meshes.make(config)
-    dtype = jnp.dtype(config.param_dtype)
-
-    def load(role, training):
-        expect = rules.abstract(jax.eval_shape(build.network(config, role).init, key), mesh)
-        return load_params(config.init[role], expect=expect, dtype=dtype, training=training)
-
-    uncond = jnp.asarray(uncond)
-    others = {"uncond": jax.device_put(uncond, rules.shardings(uncond, mesh))}
-    for role in algorithm.reads:
-        if not config.init[role]:
+    mesh, dtype = meshes.make(config), jnp.dtype(config.param_dtype)
+    layout = Layout(mesh, training.rules)
+    found: dict[str, Params] = {}
+    # Those that may stand in for others first.
+    for name, role in sorted(training.recipe.roles.items(), key=lambda item: item[1].like is not None):
+        path, network = config.init.get(name, ""), training.networks[name]
+        shapes = layout.abstract(jax.eval_shape(network.init, jax.random.key(0)))
+        if path:
+            found[name] = load_params(path, expect=shapes, dtype=dtype, training=role.starts_from)
+        elif role.like is not None:
+            found[name] = found[role.like]
+        elif role.random:
+            cut = jax.tree.map(lambda x: x.sharding, shapes)
+            fresh = jax.jit(network.init, out_shardings=cut)(step_key(config.seed, "init", 0, 0))
+            found[name] = jax.tree.map(lambda x: x.astype(dtype), fresh)
+        else:
             raise UsageError(
-                f"training {config.training!r} needs --config.init.{role}: the workdir of a run trained as "
-                f"{' or '.join(STAGES[role])}"
+                f"training {config.training!r} needs --config.init.{name}: the workdir of a run trained as "
+                f"{' or '.join(role.starts_from)}"
             )
-        others[role] = load(role, STAGES[role])
-    if config.init.student:
-        student = load("student", student_stages(config.training))
-    else:
-        init = build.network(config, "student").init
-        cut = rules.shardings(jax.eval_shape(init, key), mesh)
-        student = jax.jit(init, out_shardings=cut)(key)
-        student = jax.tree.map(lambda x: x.astype(dtype), student)
-    critic = None
-    if algorithm.critic is not None:
-        critic = load("critic", STAGES["critic"]) if config.init.critic else others["real"]
-    return Initial(student, critic, others)
+    uncond = meshes.everywhere(jax.tree.map(jnp.asarray, uncond), mesh)
+    frozen = Frozen({name: found[name] for name in training.reads}, uncond)
+    return Initial({name: found[name] for name in training.players}, frozen)
 
 
 def train(config, workdir: str | Path) -> TrainState:
     """Assembles what `config` describes and runs it in `workdir`; see `run`."""
     with blame_config():
         mesh = meshes.make(config)
-        algorithm = build.algorithm(config, mesh)
-        codec, text_encoder = build.codec(config), encoders.text_encoder(config)
+        training = recipes.make(config, mesh)
+        pipeline.require(config, training.recipe.needs)
+        codec, text_encoder = parts.codec(config), encoders.text_encoder(config)
         params = encoders.codec_params(config, codec)
         rows = processes.rows(meshes.samples(mesh), config.data.batch_size)
         data = pipeline.make(config, codec=codec, codec_params=params, text_encoder=text_encoder, rows=rows)
         sampler = training_clips(config)
-    init = initial(config, algorithm, encoders.negative_embedding(config, text_encoder))
-    return run(config, workdir, algorithm=algorithm, data=data, init=init, sampler=sampler)
+    uncond = encoders.negative_prompt(config, text_encoder, needed=training.recipe.guided(config))
+    init = initial(config, training, uncond)
+    return run(config, workdir, training=training, data=data, init=init, sampler=sampler)

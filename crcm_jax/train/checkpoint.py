@@ -1,10 +1,10 @@
 """Saving and restoring a run, in the background and bit for bit.
 
-A checkpoint is a folder named by its iteration, as `storage` describes, with the trees `params` (student), `ema`,
-`opt`, `critic`, `critic_opt` and `counters`; beside them `data.json`, where the data stood in every process, and in
-`meta.json` the unfinished window of the log. It knows nothing of meshes: any number of devices and processes can go on
-from it. All processes of a run write their parts of the arrays into one folder, which they must share; the first
-process writes everything else.
+A checkpoint is a folder named by its iteration, as `storage` describes, with trees named after players,
+`student.params`, `student.opt`, `student.ema` and so on, and `counters`; beside them `data.json`, where the data stood
+in every process, and in `meta.json` the unfinished window of the log. It knows nothing of meshes: any number of devices
+and processes can go on from it. All processes of a run write their parts of the arrays into one folder, which they must
+share; the first process writes everything else.
 """
 
 from __future__ import annotations
@@ -22,32 +22,39 @@ from crcm_jax.errors import UserError
 from crcm_jax.parallel import processes
 from crcm_jax.saving import manifest, storage
 from crcm_jax.saving.weights import load_params, save_params
+from crcm_jax.train import old_checkpoints
 from crcm_jax.train.identity import as_json
-from crcm_jax.train.state import TrainState
+from crcm_jax.train.state import PlayerState, TrainState
 
 __all__ = ["FOLDER", "Checkpoints", "load_params", "save_params"]
 
 FOLDER = storage.FOLDER
-_COUNTERS = ("progress", "bad_samples", "skipped_updates", "bad_streak")
-_TREES = ("params", "ema", "opt", "critic", "critic_opt")
 
 
 def trees_of(state: TrainState) -> dict[str, Any]:
-    """The state as the named trees that a checkpoint holds; absent players are left out."""
-    trees = {name: getattr(state, name) for name in _TREES if getattr(state, name) is not None}
-    # Orbax keeps no empty subtrees: a missing master copy is left out rather than stored as None.
-    for name in trees.keys() & {"opt", "critic_opt"}:
-        trees[name] = {key: value for key, value in trees[name]._asdict().items() if value is not None}
-    return trees | {"counters": {name: getattr(state, name) for name in _COUNTERS}}
+    """The state as the named trees that a checkpoint holds."""
+    trees: dict[str, Any] = {}
+    for name, player in state.players.items():
+        trees[f"{name}.params"] = player.params
+        # Orbax keeps no empty subtrees: a missing master copy is left out rather than stored as None.
+        trees[f"{name}.opt"] = {key: value for key, value in player.opt._asdict().items() if value is not None}
+        trees |= {f"{name}.{average}": tree for average, tree in player.averages.items()}
+    updates = {name: player.updates for name, player in state.players.items()}
+    totals = {name: getattr(state, name) for name in ("bad_samples", "skipped_updates", "bad_streak")}
+    return trees | {"counters": {"iteration": state.iteration, "updates": updates, **totals}}
 
 
 def state_from(trees: dict[str, Any], like: TrainState) -> TrainState:
-    """The inverse of `trees_of`; `like` supplies the optimiser's type."""
-    fields = {name: trees.get(name) for name in _TREES}
-    for name in ("opt", "critic_opt"):
-        if fields[name] is not None:
-            fields[name] = type(like.opt)(**({"master": None} | fields[name]))
-    return TrainState(**fields, **trees["counters"])
+    """The inverse of `trees_of`; `like` supplies players and types."""
+    counters = dict(trees["counters"])
+    updates = counters.pop("updates")
+
+    def player(name, old):
+        opt = type(old.opt)(**({"master": None} | trees[f"{name}.opt"]))
+        averages = {average: trees[f"{name}.{average}"] for average in old.averages}
+        return PlayerState(trees[f"{name}.params"], opt, updates[name], averages)
+
+    return TrainState(players={name: player(name, old) for name, old in like.players.items()}, **counters)
 
 
 def _encode(data_state: Any) -> str:
@@ -91,7 +98,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         Returns when the state may be donated. A failure is raised by `check`, `wait` or the next `save`.
         """
         self.wait()
-        iteration = int(jax.device_get(state.progress.iteration))
+        iteration = int(jax.device_get(state.iteration))
         if iteration == self._saved:
             return
         folder = self.parent / f"{iteration:09d}"
@@ -193,11 +200,14 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"{folder} is of training type {meta['training']!r}, this run is {self.config.get('training')!r}: "
                 "choose another --workdir"
             )
-        wanted, stored = trees_of(like), storage.stored_shapes(folder)
+        trees = trees_of(like)
+        wanted = old_checkpoints.wanted(trees) if meta["format"] == 1 else trees
+        stored = storage.stored_shapes(folder)
         for name in wanted:
             flaw = storage.first_difference(stored.get(name, {}), wanted[name])
             if flaw:
                 raise UserError(f"{folder} is of another architecture: {name}: {flaw}")
-        state = state_from(storage.read_trees(folder, storage.abstract(wanted)), like)
+        found = storage.read_trees(folder, storage.abstract(wanted))
+        state = state_from(old_checkpoints.converted(found, trees) if meta["format"] == 1 else found, like)
         self._saved = meta["iteration"]
         return state, _decode((folder / "data.json").read_text(encoding="utf-8")), meta["log"]

@@ -11,52 +11,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crcm_jax import build
+from crcm_jax import parts
 from crcm_jax.data import pipeline, tensor_file
 from crcm_jax.errors import UsageError
-from crcm_jax.models.base import Codec, Params, TextEncoder
+from crcm_jax.models.base import Codec, Condition, Params, TextEncoder
 from crcm_jax.saving.weights import load_params
 
 
 def codec_params(config, codec: Codec) -> Params:
     """The weights in `config.init.codec`, in the codec's compute dtype; None for data that are latents already and for
     a codec without weights. UsageError if they are needed and missing."""
-    if pipeline.holds_latents(config) or not hasattr(codec, "init"):
+    shapes = jax.eval_shape(codec.init, jax.random.key(0))
+    if pipeline.holds_latents(config) or not jax.tree.leaves(shapes):
         return None
     path = config.init.get("codec", "")
     if not path:
         raise UsageError(
             "--config.init.codec is missing: the weights of the VAE (docs/weights.md says how to get them)"
         )
-    return load_params(path, expect=jax.eval_shape(codec.init, jax.random.key(0)), dtype=jnp.dtype(codec.config.dtype))
+    return load_params(path, expect=shapes, dtype=jnp.dtype(codec.config.dtype))
 
 
 def text_encoder(config) -> TextEncoder | None:
     """The text encoder of data that hold prompts; None for data that hold their embeddings."""
-    return None if pipeline.holds_latents(config) else build.text_encoder(config)
+    return None if pipeline.holds_latents(config) else parts.text_encoder(config)
 
 
-def negative_embedding(config, encoder: TextEncoder | None) -> np.ndarray:
-    """What guidance leads away from, `[1, token, channel]` float32, as `config.init.uncond` says (spec 7.4).
+def negative_prompt(config, encoder: TextEncoder | None, *, needed: bool) -> Condition:
+    """What guidance leads away from, a condition of one row, as `config.init.uncond` says (spec causal_rcm 7.4).
 
     A `.pt` file is the embedding itself, any other the negative prompt's text, and '' the empty prompt; text needs an
-    encoder, which is built here if `encoder` is None. Zeros if no loss of `config.training` looks at it. UsageError if
-    the file is missing or of another shape, or an encoder is needed that has no weights.
+    encoder, which is built here if `encoder` is None. Zeros if no loss looks at it (`needed`). UsageError if the file
+    is missing or of another shape, or an encoder is needed that has no weights.
     """
     path = config.init.get("uncond", "")
     if path and not Path(path).is_file():
         raise UsageError(f"--config.init.uncond={path}: there is no such file")
     if path.endswith(".pt"):
-        return _read(path, config.text.length, config.model.text_dim)
+        return Condition({"text": _read(path, *parts.prompt_shape(config)["text"])})
     if encoder is None and not path:
-        if config.training in ("bidirectional", "tf", "df") and not config.objective.prompt_dropout:
-            return np.zeros((1, config.text.length, config.model.text_dim), np.float32)
+        if not needed:
+            return Condition({n: np.zeros((1, *shape), np.float32) for n, shape in parts.prompt_shape(config).items()})
         raise UsageError(
             f"training {config.training!r} needs --config.init.uncond: the negative prompt's embedding as a .pt file, "
             "or its text and --config.text.weights; crcm data embed writes the former"
         )
     prompt = Path(path).read_text(encoding="utf-8").strip() if path else ""
-    return (encoder or build.text_encoder(config))([prompt])
+    return Condition((encoder or parts.text_encoder(config))([prompt]))
 
 
 def _read(path: str, tokens: int, channels: int) -> np.ndarray:

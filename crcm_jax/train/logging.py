@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,16 @@ class RunLog:
         every: int,
         window: dict[str, Any] | None = None,
         *,
+        sections: Mapping[str, str],
         quiet: bool = False,
     ):
         """`start`: iterations done, lines after which are dropped; `window`: `state()` of the run that did them.
 
+        sections: where the configuration has each player's optimiser.
         quiet: only keeps the window, and ends the run when it must, for a process that does not speak for all.
         """
         self.every = max(1, every)
+        self._sections = sections
         self._window: dict[str, list[float]] = {key: list(value) for key, value in (window or {}).items()}
         self._pending: tuple[int, str, dict[str, jax.Array], dict[str, int]] | None = None
         self._shown: dict[str, str] = {}
@@ -100,10 +103,10 @@ class RunLog:
         if iteration % self.every == 0:
             self._write(iteration, counts)
         if streak >= STREAK_LIMIT:
-            section = "optim" if player == "student" else "critic_optim"
             raise UserError(
                 f"the {player}'s loss was not finite for any sample in {STREAK_LIMIT} iterations running, up to "
-                f"iteration {iteration}: lower {section}.lr or look at the data; the last checkpoint is kept"
+                f"iteration {iteration}: lower {self._sections[player]}.lr or look at the data; the last checkpoint is "
+                "kept"
             )
 
     def _add(self, key: str, value: float) -> None:

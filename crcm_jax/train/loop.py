@@ -13,14 +13,15 @@ import jax
 
 from crcm_jax.errors import blame_config
 from crcm_jax.models.base import Params
-from crcm_jax.objectives.algorithm import Algorithm
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import plan, processes, rules
+from crcm_jax.parallel import plan, processes
+from crcm_jax.parallel.rules import Layout
+from crcm_jax.recipes.base import Training
 from crcm_jax.saving import storage
 from crcm_jax.train import identity, logging, state
 from crcm_jax.train.checkpoint import Checkpoints
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.step import make_steps
+from crcm_jax.train.step import Frozen, make_steps
 
 SAMPLES = "samples"
 
@@ -30,21 +31,18 @@ Sampler = Callable[[Params, int, Path], None]
 
 @dataclasses.dataclass
 class Initial:
-    """What a new run starts from; `run` empties it, so that weights of which it has its own copy can be freed.
+    """What a new run starts from, lying on its mesh already. `run` empties `players`, by name, so that weights of which
+    it has its own copy can be freed."""
 
-    `others` are the frozen trees that the algorithm reads, and `uncond`, lying on the run's mesh already.
-    """
-
-    student: Params | None
-    critic: Params | None = None
-    others: dict[str, Any] = dataclasses.field(default_factory=dict)
+    players: dict[str, Params]
+    frozen: Frozen
 
 
 def run(
     config,
     workdir: str | Path,
     *,
-    algorithm: Algorithm,
+    training: Training,
     data: Iterable[dict[str, Any]],
     init: Initial,
     sampler: Sampler | None = None,
@@ -64,47 +62,44 @@ def run(
             stack.enter_context(identity.claim(workdir, config, ours=(storage.FOLDER, logging.JSONL)))
 
         processes.decided_by_first(claim)
-        return _run(config, workdir, algorithm, data, init, sampler)
+        return _run(config, workdir, training, data, init, sampler)
 
 
-def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
+def _run(config, workdir, training, data, init, sampler) -> state.TrainState:
     mesh = meshes.make(config)
+    layout = Layout(mesh, training.rules)
     with blame_config():
-        optimizer = Optimizer.from_config(config.optim)
-        critic_optimizer = None if algorithm.critic is None else Optimizer.from_config(config.critic_optim)
+        optimizers = {name: Optimizer.from_config(config[p.optim]) for name, p in training.players.items()}
 
-        def fresh(student, critic):
-            return state.create(student, optimizer, critic, critic_optimizer)
+        def fresh(params):
+            return state.create(params, training.players, optimizers)
 
-        like = rules.abstract(jax.eval_shape(fresh, init.student, init.critic), mesh)
+        like = layout.abstract(jax.eval_shape(fresh, init.players))
         placed = jax.tree.map(lambda x: x.sharding, like)
-        student_step, critic_step = make_steps(
-            rules.cut_gradients(algorithm, mesh),
-            optimizer,
-            critic_optimizer,
-            ema_rate=config.ema.rate,
-            seed=config.seed,
-            accumulate=config.optim.get("accumulate", 1),
-            shardings=placed,
-        )
-    settings, iterator, others = config.train, iter(data), init.others
-    plan.refuse_what_cannot_fit(plan.of_state(like, rules.abstract(others, mesh)), mesh)
+        accumulate = config.optim.get("accumulate", 1)
+        steps = make_steps(training, optimizers, seed=config.seed, accumulate=accumulate, shardings=placed)
+    settings, iterator, frozen = config.train, iter(data), init.frozen
+    plan.refuse_what_cannot_fit(plan.of_state(like, layout.abstract(frozen.params)), mesh)
 
     checkpoints = Checkpoints(workdir, config, settings.keep)
     restored = checkpoints.restore(like)
     if restored is None:
         # Compiled, so that each device makes its own part and none holds the whole.
-        now, window = jax.jit(fresh, out_shardings=placed)(init.student, init.critic), None
+        now, window = jax.jit(fresh, out_shardings=placed)(init.players), None
     else:
         now, data_state, window = restored
         iterator.set_state(data_state)
-    init.student = init.critic = restored = None
-    iteration = int(now.progress.iteration)
+    restored = None
+    init.players.clear()
+    iteration = int(now.iteration)
     first = processes.is_first()
     if iteration and first:
         print(f"crcm: {workdir} goes on from iteration {iteration}", file=sys.stderr)
 
-    log = logging.RunLog(workdir, iteration, settings.steps, settings.log_every, window, quiet=not first)
+    sections = {name: player.optim for name, player in training.players.items()}
+    log = logging.RunLog(
+        workdir, iteration, settings.steps, settings.log_every, window, sections=sections, quiet=not first
+    )
     cut, size = meshes.samples(mesh), config.data.batch_size
     compiled = set()
 
@@ -116,23 +111,21 @@ def _run(config, workdir, algorithm, data, init, sampler) -> state.TrainState:
     # Closed in reverse: a save under way is finished, and its failure reported, whatever happens, a signal too.
     with processes.StopSignal() as stop, contextlib.closing(log), checkpoints:
         while iteration < settings.steps and not stop.agreed():
-            student = algorithm.is_student_phase(iteration)
-            player, step = ("student", student_step) if student else ("critic", critic_step)
+            player = training.turns.player(iteration)
             with log.waiting():
                 batch = processes.place(next(iterator), cut, size)
             # Tracing moves constants to the device; once compiled, a step that moves anything by accident is a mistake.
             with jax.transfer_guard("disallow" if player in compiled else "allow"):
-                now, metrics = step(now, others, batch)
+                now, metrics = steps[player](now, frozen, batch)
             compiled.add(player)
             iteration += 1
-            student_updates, critic_updates = algorithm.counts(iteration)
-            counts = {"student_updates": student_updates, "critic_updates": critic_updates}
+            counts = {f"{name}_updates": count for name, count in training.turns.counts(iteration).items()}
             log.push(iteration, player, metrics, counts)
             checkpoints.check()
             if settings.save_every and iteration % settings.save_every == 0:
                 save()
             if sampler and settings.sample_every and iteration % settings.sample_every == 0:
-                weights = processes.whole(now.ema)
+                weights = processes.whole(now.players["student"].averages["ema"])
                 if first:
                     (workdir / SAMPLES).mkdir(exist_ok=True)
                     sampler(weights, iteration, workdir / SAMPLES)

@@ -1,4 +1,4 @@
-"""One iteration: guarded gradient, accumulation, optimiser, EMA, counters.
+"""One iteration: guarded gradient, accumulation, optimiser, averages, counters.
 
 A sample whose loss is not finite costs only itself: its gradient is never mixed with the others' (0·NaN is NaN, so a
 mask on the loss alone would not do, spec section 4.4 step 6). The gradient is taken again with a good sample's inputs
@@ -8,7 +8,8 @@ in its place and a weight of zero, and the update is the mean over the samples t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,24 +18,34 @@ import optax
 
 from crcm_jax import compiler
 from crcm_jax.errors import UsageError
-from crcm_jax.models.base import Params
-from crcm_jax.objectives.algorithm import Algorithm, Batch, GradFn, Progress
-from crcm_jax.parallel import rules
-from crcm_jax.train import ema
+from crcm_jax.models.base import Condition, Params
+from crcm_jax.models.bound import Bound
+from crcm_jax.parallel.rules import Layout
+from crcm_jax.recipes.base import Batch, GradFn, Nets, Player, Progress, Training
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.state import TrainState
+from crcm_jax.train.state import PlayerState, TrainState
 
-PURPOSES = ("student", "critic", "init")
-"""Each draws from its own stream of keys, so that neither's randomness depends on whether the other ran."""
+PURPOSES = {"student": 0, "critic": 1, "init": 2}
+"""Each purpose draws from its own stream of keys, so that nobody's randomness depends on whether another ran. Players
+of other names have a word of their own."""
 
 Metrics = dict[str, jax.Array]
-Step = Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, Metrics]]
+
+
+class Frozen(NamedTuple):
+    """What a run's losses read and nobody trains: networks' parameters by role, and the negative prompt."""
+
+    params: dict[str, Params]
+    uncond: Condition | None
+
+
+Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
 def step_key(seed: int, purpose: str, iteration: jax.Array, microbatch: jax.Array | int) -> jax.Array:
     """The key of every draw made for `purpose` in one microbatch of one iteration."""
     key = jax.random.key(seed)
-    for word in (PURPOSES.index(purpose), iteration, microbatch):
+    for word in (PURPOSES.get(purpose, zlib.crc32(purpose.encode())), iteration, microbatch):
         key = jax.random.fold_in(key, word)
     return key
 
@@ -53,13 +64,7 @@ def _finite(tree: Params) -> jax.Array:
 
 
 def guarded_gradient(
-    grad_fn: GradFn,
-    params: Params,
-    others: dict[str, Params],
-    batch: Batch,
-    key: jax.Array,
-    progress: Progress,
-    share: float,
+    grad_fn: GradFn, nets: Nets, batch: Batch, key: jax.Array, progress: Progress, share: float
 ) -> Gradient:
     """Gradient of share·Σ of the finite samples' losses; `share` is one over the whole batch's size.
 
@@ -77,7 +82,7 @@ def guarded_gradient(
             return jnp.where(kept, x, jnp.sum(jnp.where(good, x, 0), 0, x.dtype))
 
         weights = jnp.where(keep, jnp.float32(share), 0.0)
-        return grad_fn(params, others, jax.tree.map(replace, batch), key, progress, weights)
+        return grad_fn(nets, jax.tree.map(replace, batch), key, progress, weights)
 
     def body(carry):
         keep, _, _ = carry
@@ -97,25 +102,18 @@ def guarded_gradient(
     keep = keep & _finite(grads)
     kept = jnp.sum(keep)
 
-    def over_kept(x):
-        # A metric is one number a sample, or one number for the batch, which then counts for each sample kept.
-        x = jnp.broadcast_to(x.reshape(size, -1).mean(-1) if x.ndim and x.shape[0] == size else jnp.mean(x), (size,))
-        return jnp.sum(jnp.where(keep, x.astype(jnp.float32), 0.0))
+    def over_kept(name, x):
+        # A number for the batch counts for each sample kept.
+        if x.ndim and x.shape != (size,):
+            raise ValueError(f"metric {name} has shape {x.shape}: give one number, or one a sample, [{size}]")
+        return jnp.sum(jnp.where(keep, jnp.broadcast_to(x, (size,)).astype(jnp.float32), 0.0))
 
     grads = jax.tree.map(lambda g: jnp.where(kept > 0, g, 0.0), grads)
-    return Gradient(grads, kept, over_kept(losses), {name: over_kept(value) for name, value in metrics.items()})
+    return Gradient(grads, kept, over_kept("loss", losses), {name: over_kept(name, x) for name, x in metrics.items()})
 
 
 def accumulated_gradient(
-    grad_fn: GradFn,
-    params: Params,
-    others: dict[str, Params],
-    batch: Batch,
-    progress: Progress,
-    *,
-    seed: int,
-    purpose: str,
-    microbatches: int,
+    grad_fn: GradFn, nets: Nets, batch: Batch, progress: Progress, *, seed: int, purpose: str, microbatches: int
 ) -> Gradient:
     """The same as one pass over the whole batch, in `microbatches` passes that need less memory.
 
@@ -125,7 +123,7 @@ def accumulated_gradient(
 
     def one(index, part):
         key = step_key(seed, purpose, progress.iteration, index)
-        return guarded_gradient(grad_fn, params, others, part, key, progress, 1.0 / size)
+        return guarded_gradient(grad_fn, nets, part, key, progress, 1.0 / size)
 
     if microbatches == 1:
         return one(0, batch)
@@ -165,76 +163,81 @@ def _damaged(batch: Batch) -> Metrics:
     return {"damaged_examples": jnp.sum(batch["damaged"])} if "damaged" in batch else {}
 
 
+def nets_of(training: Training, state: TrainState, frozen: Frozen) -> Nets:
+    """Every network of a run with its parameters, as losses read them: players, their averages, and what is frozen."""
+    bound = {role: Bound(training.networks[role], params) for role, params in frozen.params.items()}
+    for name, player in state.players.items():
+        network = training.networks[name]
+        bound[name] = Bound(network, player.params)
+        bound |= {f"{name}.{average}": Bound(network, tree) for average, tree in player.averages.items()}
+    return Nets(bound, frozen.uncond)
+
+
 def make_steps(
-    algorithm: Algorithm,
-    optimizer: Optimizer,
-    critic_optimizer: Optimizer | None = None,
+    training: Training,
+    optimizers: Mapping[str, Optimizer],
     *,
-    ema_rate: float = 0.1,
     seed: int = 0,
     accumulate: int = 1,
     shardings: TrainState | None = None,
-) -> tuple[Step, Step | None]:
-    """(student step, critic step or None), jitted: `(state, others, batch) -> (state, metrics)`; the state is donated.
+) -> dict[str, Step]:
+    """The step of each player, jitted: `(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
     shardings: how the state lies on the devices, before a step and so after it; None leaves that to the compiler.
-    `others` holds the frozen trees that the algorithm reads. Metrics are float32 scalars; besides the objective's own:
-    `loss`, `grad_norm`, `lr`, `bad_samples`, `skipped`, `bad_streak`, and `damaged_examples` if the batch counts them.
+    Metrics are float32 scalars; besides the objective's own: `loss`, `grad_norm`, `lr`, `bad_samples`, `skipped`,
+    `bad_streak`, and `damaged_examples` if the batch counts them.
     """
-    gamma = ema.exponent(ema_rate)
-
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
 
-    def pieces(params):
-        """Each device updates its own part of what it holds."""
-        return params if mesh is None else rules.in_pieces(params, mesh)
+    def pieces(tree):
+        """Each device updates its own part of what it holds; gradients are summed by reduce-scatter, never whole."""
+        return tree if mesh is None else Layout(mesh, training.rules).in_pieces(tree)
 
-    def advance(state, size, kept, learnt, metrics, **changes):
-        streak = jnp.where(learnt, 0, state.bad_streak + 1)
-        state = state.replace(
-            bad_samples=state.bad_samples + (size - kept),
-            skipped_updates=state.skipped_updates + ~learnt,
-            bad_streak=streak,
-            **changes,
-        )
-        return state, {name: jnp.float32(value) for name, value in metrics.items()} | {
-            "bad_streak": jnp.float32(streak)
-        }
+    def step_of(name: str, player: Player, optimizer: Optimizer):
+        def cut(*args):
+            result, grads = player.gradient(*args)
+            return result, pieces(grads)
 
-    def gradient_of(grad_fn, params, others, batch, progress, purpose):
-        size = jax.tree.leaves(batch)[0].shape[0]
-        if size % accumulate:
-            raise UsageError(f"a batch of {size} does not split into optim.accumulate = {accumulate} equal parts")
-        gradient = accumulated_gradient(
-            grad_fn, params, others, batch, progress, seed=seed, purpose=purpose, microbatches=accumulate
-        )
-        return gradient, size
+        def step(state: TrainState, frozen: Frozen, batch: Batch):
+            size = jax.tree.leaves(batch)[0].shape[0]
+            if size % accumulate:
+                raise UsageError(f"a batch of {size} does not split into optim.accumulate = {accumulate} equal parts")
+            nets, own = nets_of(training, state, frozen), state.players[name]
+            gradient = accumulated_gradient(
+                cut, nets, batch, state.progress, seed=seed, purpose=name, microbatches=accumulate
+            )
+            params, opt, learnt, metrics = _apply(optimizer, gradient, size, pieces(own.params), own.opt)
+            params = pieces(params)
+            metrics |= _damaged(batch)
+            averages = {
+                average: _averaged(law, own.averages[average], params, own.updates, learnt)
+                for average, law in player.averages.items()
+            }
+            return _advanced(state, name, PlayerState(params, opt, own.updates + 1, averages), learnt, metrics)
 
-    def student_step(state, others, batch):
-        if state.critic is not None:
-            others = others | {"critic": state.critic}
-        progress = state.progress
-        gradient, size = gradient_of(algorithm.student, state.params, others, batch, progress, "student")
-        params, opt, learnt, metrics = _apply(optimizer, gradient, size, pieces(state.params), state.opt)
-        params = pieces(params)
-        metrics |= _damaged(batch)
-        averaged = ema.update(state.ema, params, progress.student_updates, gamma)
-        averaged = jax.tree.map(lambda new, old: jnp.where(learnt, new, old), averaged, state.ema)
-        progress = progress._replace(iteration=progress.iteration + 1, student_updates=progress.student_updates + 1)
-        changes = {"params": params, "ema": averaged, "opt": opt, "progress": progress}
-        return advance(state, size, gradient.kept, learnt, metrics, **changes)
-
-    def critic_step(state, others, batch):
-        others = others | {"student": state.params}
-        progress = state.progress
-        gradient, size = gradient_of(algorithm.critic, state.critic, others, batch, progress, "critic")
-        critic, opt, learnt, metrics = _apply(critic_optimizer, gradient, size, pieces(state.critic), state.critic_opt)
-        critic = pieces(critic)
-        metrics |= _damaged(batch)
-        progress = progress._replace(iteration=progress.iteration + 1, critic_updates=progress.critic_updates + 1)
-        changes = {"critic": critic, "critic_opt": opt, "progress": progress}
-        return advance(state, size, gradient.kept, learnt, metrics, **changes)
+        return step
 
     options = compiler.options()
-    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-    return jit(student_step), None if algorithm.critic is None else jit(critic_step)
+    jit = functools.partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None), compiler_options=options)
+    return {name: jit(step_of(name, player, optimizers[name])) for name, player in training.players.items()}
+
+
+def _averaged(law, average: Params, params: Params, index: jax.Array, learnt: jax.Array) -> Params:
+    """The average after an update, or as it was where the update taught nothing."""
+    return jax.tree.map(lambda new, old: jnp.where(learnt, new, old), law.update(average, params, index), average)
+
+
+def _advanced(
+    state: TrainState, name: str, player: PlayerState, learnt: jax.Array, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The state after an iteration of a player, and the metrics as they are logged."""
+    streak = jnp.where(learnt, 0, state.bad_streak + 1)
+    state = state.replace(
+        iteration=state.iteration + 1,
+        players={**state.players, name: player},
+        bad_samples=state.bad_samples + metrics["bad_samples"],
+        skipped_updates=state.skipped_updates + ~learnt,
+        bad_streak=streak,
+    )
+    metrics = {key: jnp.float32(value) for key, value in metrics.items()}
+    return state, metrics | {"bad_streak": jnp.float32(streak)}

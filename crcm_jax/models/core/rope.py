@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 BASE = 10_000.0
+_STEP = 1024
+"""A stream without end has room for `_STEP`² frames: at four pixel frames each and 16 a second, three days."""
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
@@ -15,22 +17,57 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def table(start, frames: int, total: int, height: int, width: int, head_dim: int, dtype) -> tuple[jax.Array, jax.Array]:
+def table(
+    start, frames: int, total: int | None, height: int, width: int, head_dim: int, dtype
+) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) of every channel pair's angle, each `[frame, height·width, head_dim/2]`, pairs ordered (t, y, x).
 
-    The frames are `start` (an int or a traced integer) … start + frames − 1 of a clip of `total`. Each axis is worked
-    out on the host in float64, since a float32 product of index and frequency would lose digits; only the small
-    per-axis tables become constants of the program.
+    The frames are `start` (an int or a traced integer) … start + frames − 1 of a clip of `total`, or of a stream
+    without end where that is None. Each axis is worked out on the host in float64, since a float32 product of index and
+    frequency would lose digits; only the small per-axis tables become constants of the program. Frames beyond the end
+    are a ValueError, or NaN where `start` is traced: never another frame's.
     """
     shape = (frames, height, width)
     cosines, sines = [], []
-    for axis, (length, channels) in enumerate(zip((total, height, width), axis_widths(head_dim))):
-        angle = np.arange(length)[:, None] * BASE ** (-2.0 * np.arange(channels // 2) / channels)
-        for values, out in ((np.cos(angle), cosines), (np.sin(angle), sines)):
-            values = jnp.asarray(values, dtype)
-            if axis == 0:
-                values = jax.lax.dynamic_slice_in_dim(values, start, frames, 0)
+    for axis, channels in enumerate(axis_widths(head_dim)):
+        rates = BASE ** (-2.0 * np.arange(channels // 2) / channels)
+        if axis:
+            parts = _waves(np.arange(shape[axis]), rates, dtype)
+        else:
+            parts = _along(start, frames, total, rates, dtype)
+        for values, out in zip(parts, (cosines, sines)):
             along = [1, 1, 1, channels // 2]
             along[axis] = shape[axis]
             out.append(jnp.broadcast_to(values.reshape(along), (*shape, channels // 2)))
     return tuple(jnp.concatenate(parts, -1).reshape(frames, -1, head_dim // 2) for parts in (cosines, sines))
+
+
+def _waves(positions: np.ndarray, rates: np.ndarray, dtype) -> tuple[jax.Array, jax.Array]:
+    angle = positions[:, None] * rates
+    return jnp.asarray(np.cos(angle), dtype), jnp.asarray(np.sin(angle), dtype)
+
+
+def _along(start, frames: int, total: int | None, rates: np.ndarray, dtype) -> tuple[jax.Array, jax.Array]:
+    """Frames start … start + frames − 1 of `total`, cut out of the table of all."""
+    if total is None:
+        return _endless(start, frames, rates, dtype)
+    if isinstance(start, int) and start + frames > total:
+        raise ValueError(f"frames {start} to {start + frames - 1} lie beyond a clip of {total} frames")
+    parts = [
+        jax.lax.dynamic_slice_in_dim(values, start, frames, 0) for values in _waves(np.arange(total), rates, dtype)
+    ]
+    if isinstance(start, int):
+        return tuple(parts)
+    # A slice would clamp, and show frames at another's place.
+    return tuple(jnp.where(start + frames <= total, values, jnp.nan) for values in parts)
+
+
+def _endless(start, frames: int, rates: np.ndarray, dtype) -> tuple[jax.Array, jax.Array]:
+    """Frames start … start + frames − 1 by angle addition: coarse steps of `_STEP` frames, and fine ones within."""
+    position = start + jnp.arange(frames)
+    coarse, fine = position // _STEP, position % _STEP
+    (cos_a, sin_a), (cos_b, sin_b) = (
+        tuple(jnp.take(values, index, 0, mode="fill") for values in _waves(np.arange(_STEP) * size, rates, dtype))
+        for index, size in ((coarse, _STEP), (fine, 1))
+    )
+    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b

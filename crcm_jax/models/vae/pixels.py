@@ -41,6 +41,10 @@ class PixelCodec:
             )
         return frames, height // self.patch, width // self.patch, self.channels * self.patch**2
 
+    def init(self, key: jax.Array) -> Params:
+        """It has no parameters."""
+        return {}
+
     def encode(self, params: Params, video: jax.Array) -> jax.Array:
         """Pixels `[batch, frame, height, width, channel]` → latents `[…, height/p, width/p, channel·p²]`."""
         del params

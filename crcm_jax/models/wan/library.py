@@ -24,7 +24,7 @@ from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.vision.clip import CLIPVision, CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.parallel import rules
+from crcm_jax.parallel.rules import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def transformer_shapes(network: WanTransformer) -> Params:
 
     shapes = jax.tree_util.tree_map_with_path(narrow, jax.eval_shape(network.init, jax.random.key(0)))
     mesh = network.placement.mesh
-    return shapes if mesh is None else rules.abstract(shapes, mesh)
+    return shapes if mesh is None else Layout(mesh, network.rules).abstract(shapes)
 
 
 def load_transformer(network: WanTransformer, folder: Path) -> Params:

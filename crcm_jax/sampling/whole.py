@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from crcm_jax import compiler, flow
-from crcm_jax.models.base import Condition, Network
-from crcm_jax.models.guidance import guided_velocity
+from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.sampling.schedule import decreasing, multi_step
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
@@ -166,51 +166,57 @@ class Whole:
     shift: float = 5.0
     sigma_max: float = 5000.0
 
+    distilled = False
+
     @property
     def times(self) -> tuple[float, ...]:
         """steps + 1 times, the last one 0."""
         return teacher_times(self.steps, self.shift, self.sigma_max)
 
+    def describe(self) -> str:
+        """A few words for people."""
+        return f"the whole clip at once, {self.solver}, {self.steps} steps, shift {self.shift:g}"
+
 
 def denoise_whole(
-    network: Network, params, cond: Condition, noise: jax.Array, *, times: Sequence[float], solver: str = "unipc",
+    model: Bound, cond: Condition, noise: jax.Array, *, times: Sequence[float], solver: str = "unipc",
     uncond: Condition | None = None, guidance: float = 5.0,
 ) -> Iterator[jax.Array]:  # fmt: skip
     """The clip's latents after every step of a bidirectional network's probability-flow ODE.
 
     noise: `[batch, frame, height, width, channel]`, unit variance; times: for example `teacher_times()`; guidance: as
-    in `models.guidance`. One program, called once a step. ValueError for an unknown solver.
+    in `Bound.guided`. One program, called once a step. ValueError for an unknown solver.
     """
     where = jnp.asarray(noise).sharding
     state = jax.device_put(_steps(solver, times).begin(noise), where)
-    step = _program(network, tuple(times), solver, guidance, where)
+    step = _program(tuple(times), solver, guidance, where)
     for i in range(len(times) - 1):
-        state = step(params, cond, uncond, i, state)
+        state = step(model, cond, uncond, i, state)
         yield state[0]
 
 
 @functools.lru_cache(maxsize=8)
-def _program(network, times, solver, guidance, where):
+def _program(times, solver, guidance, where):
     """One step. Its state stays where it is: left to the compiler it would move, and be another program's input."""
 
-    def step(params, cond, uncond, i, state):
-        return _steps(solver, times).step(_velocity(network, params, cond, uncond, guidance), i, state)
+    def step(model, cond, uncond, i, state):
+        return _steps(solver, times).step(_velocity(model, cond, uncond, guidance), i, state)
 
     return jax.jit(step, out_shardings=where, compiler_options=compiler.options())
 
 
-def _velocity(network, params, cond, uncond, guidance) -> Velocity:
+def _velocity(model: Bound, cond, uncond, guidance) -> Velocity:
     def velocity(x, t):
-        v = guided_velocity(network, params, x, jnp.broadcast_to(t, (1, 1)), cond, uncond, guidance)
+        v = model.guided(x, jnp.broadcast_to(t, (1, 1)), cond, uncond, guidance)
         return v.astype(x.dtype)
 
     return velocity
 
 
-@functools.partial(jax.jit, static_argnames=("network", "times", "solver", "guidance"))
+@functools.partial(jax.jit, static_argnames=("times", "solver", "guidance"))
 def generate_whole(
-    network: Network, params, cond: Condition, noise: jax.Array, *, times: tuple[float, ...], solver: str = "unipc",
+    model: Bound, cond: Condition, noise: jax.Array, *, times: tuple[float, ...], solver: str = "unipc",
     uncond: Condition | None = None, guidance: float = 5.0,
 ) -> jax.Array:  # fmt: skip
     """The last of `denoise_whole`, as one program."""
-    return solve(solver, _velocity(network, params, cond, uncond, guidance), noise, times)
+    return solve(solver, _velocity(model, cond, uncond, guidance), noise, times)

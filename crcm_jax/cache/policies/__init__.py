@@ -1,0 +1,1 @@
+"""What a cache keeps and shows, one policy a file."""

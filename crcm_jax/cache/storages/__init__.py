@@ -1,0 +1,1 @@
+"""How a cache packs keys and values, one storage a file."""
