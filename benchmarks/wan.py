@@ -37,7 +37,7 @@ STREAMS = {
     "1 step, noisy context": (ChunkPattern(1, 1), StepPlan((1,), ((),), True)),
     "1 step, noisy context, 4 in chunk 0": (ChunkPattern(1, 1), StepPlan((4, 1), (MID_TIMES, ()), True, 1)),
 }
-"""Names, chunk patterns (frame-wise where nothing is said) and schedules (spec causal_rcm section 6.1)."""
+"""Names, chunk patterns (frame-wise where nothing is said) and schedules (spec causal_rcm 6.1)."""
 
 
 def random_params(network: WanTransformer, dtype, seed: int = 0):

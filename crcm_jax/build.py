@@ -209,7 +209,7 @@ def _summed(grad_fns):
 
 
 def _after(iteration: int, always, later):
-    """`always`, plus `later` from `iteration` on (the joint type, spec 4.5); one program for both phases."""
+    """`always`, plus `later` from `iteration` on (the joint type, spec causal_rcm 4.5); one program for both phases."""
     both = _summed([always, later])
     if not iteration:
         return both
@@ -229,7 +229,7 @@ def _after(iteration: int, always, later):
 
 
 def _context_noise(config) -> common.ContextNoise:
-    """How the student's context is noised in teacher forcing (spec 3.4)."""
+    """How the student's context is noised in teacher forcing (spec causal_rcm 3.4)."""
     plan = rollout_plan(config)
     if not plan.noisy_context:
         return common.ContextNoise()

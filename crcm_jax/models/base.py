@@ -24,7 +24,8 @@ Cache = Any
 class Condition:
     """What the video should show.
 
-    text: `[batch, token, channel]` text embeddings, zeros past the prompt's end (they are attended, spec section 7.4).
+    text: `[batch, token, channel]` text embeddings, zeros past the prompt's end (they are attended,
+        spec causal_rcm 7.4).
     image: `[batch, token, channel]` image embeddings (Wan2.1 I2V), or None.
     latents: `[batch, frame, height, width, channel]` extra input channels (Wan I2V), or None.
     """

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (spec: Causal-rCM section 1.5)."""
+"""Classifier-free guidance (spec causal_rcm 1.5)."""
 
 from __future__ import annotations
 

@@ -57,12 +57,12 @@ class Algorithm:
     critic: GradFn | None = None
     reads: tuple[str, ...] = ()
     student_update_freq: int = 1
-    """A student update every so many iterations, critic updates in between (spec section 4.5)."""
+    """A student update every so many iterations, critic updates in between (spec causal_rcm 4.5)."""
     student_only_iterations: int = 0
     """The first iterations all update the student (`tangent_warmup` of the joint type)."""
 
     def is_student_phase(self, iteration: int) -> bool:
-        """Whether `iteration` (from 0) updates the student (spec section 4.5, phases)."""
+        """Whether `iteration` (from 0) updates the student (spec causal_rcm 4.5, phases)."""
         if self.critic is None or iteration < self.student_only_iterations:
             return True
         return (iteration - self.student_only_iterations) % self.student_update_freq == 0

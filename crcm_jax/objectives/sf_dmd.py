@@ -1,4 +1,4 @@
-"""SF-DMD: distribution matching on the student's own rollouts (spec: Causal-rCM section 4.5)."""
+"""SF-DMD: distribution matching on the student's own rollouts (spec causal_rcm 4.5)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sf_dmd(
 ):  # fmt: skip
     """The student's loss, differentiated through the last step of every chunk. Returns (losses `[batch]`, metrics).
 
-    `updates` student updates so far choose the number of simulated steps, cycling 1, 2, … (spec 4.5).
+    `updates` student updates so far choose the number of simulated steps, cycling 1, 2, … (spec causal_rcm 4.5).
     """
     rollout_key, score_key = jax.random.split(key)
     steps = plan.simulated_steps(updates)
@@ -85,7 +85,7 @@ def critic(
     student_network: Network, student, updates, plan: StepPlan, chunks: ChunkPattern,
     times: flow.TimeDistribution = flow.UniformShift(5.0), gather_once: bool = True,
 ):  # fmt: skip
-    """The fake score's loss: velocity regression, a mean, on fresh rollouts of the student (spec 4.5, critic).
+    """The fake score's loss: velocity regression, a mean, on fresh rollouts of the student (spec causal_rcm 4.5).
 
     `updates` critic updates so far choose the number of simulated steps. Returns (losses `[batch]`, metrics).
     """

@@ -1,4 +1,4 @@
-"""At which times a sampler evaluates the network (spec: Causal-rCM sections 4.5, 6.1)."""
+"""At which times a sampler evaluates the network (spec causal_rcm 4.5, 6.1)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from crcm_jax import flow
 
 MID_TIMES = (15 / 16, 5 / 6, 5 / 8)
-"""shift([3/4, 1/2, 1/4]; 5): where a four-step student stops on its way (spec 2)."""
+"""shift([3/4, 1/2, 1/4]; 5): where a four-step student stops on its way (spec causal_rcm 2)."""
 
 
 def few_step(steps: int, mid=MID_TIMES, sigma_max: float | None = 1600.0) -> tuple[float, ...]:
-    """Times of a few-step sampler: t_max, the first steps−1 of `mid`, 0 (spec 6.1).
+    """Times of a few-step sampler: t_max, the first steps−1 of `mid`, 0 (spec causal_rcm 6.1).
 
     `sigma_max=None` starts at exactly 1. ValueError where `mid` is too short or does not decrease.
     """
@@ -26,7 +26,7 @@ def few_step(steps: int, mid=MID_TIMES, sigma_max: float | None = 1600.0) -> tup
 
 
 def multi_step(steps: int, s: float = 3.0, sigma_max: float = 1600.0) -> tuple[float, ...]:
-    """steps+1 times of an ODE sampler from t_max to 0, evenly spaced before the shift (spec 6.1)."""
+    """steps+1 times of an ODE sampler from t_max to 0, evenly spaced before the shift (spec causal_rcm 6.1)."""
     top = flow.unshift(sigma_max / (sigma_max + 1), s)
     return decreasing(flow.shift(np.linspace(top, 0, steps + 1), s).tolist())
 

@@ -1,6 +1,6 @@
 """The streaming sampler: one chunk after another, each seeing the cache of those before it.
 
-Spec: Causal-rCM sections 6.2 (few steps), 6.3 (many steps), 6.5 (a given first frame).
+See spec causal_rcm 6.2 (few steps), spec causal_rcm 6.3 (many steps), spec causal_rcm 6.5 (a given first frame).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crcm_jax.sampling.schedule import StepPlan, multi_step
 
 @dataclasses.dataclass(frozen=True)
 class Few:
-    """A distilled student: jump to x0, re-noise to the next time (spec 6.2)."""
+    """A distilled student: jump to x0, re-noise to the next time (spec causal_rcm 6.2)."""
 
     plan: StepPlan = StepPlan()
     sigma_max: float = 1600.0
@@ -40,7 +40,7 @@ class Few:
 
 @dataclasses.dataclass(frozen=True)
 class Ode:
-    """A diffusion model: Euler steps along its probability-flow ODE (spec 6.3)."""
+    """A diffusion model: Euler steps along its probability-flow ODE (spec causal_rcm 6.3)."""
 
     steps: int = 50
     shift: float = 3.0
@@ -90,7 +90,8 @@ def stream(
     shape: the clip's latents (batch, frame, height, width, channel).
     guidance: above 1, with `uncond`, two branches with a cache each; students carry their guidance within.
     image: latents `[batch, 1, …]` of a first frame (image-to-video): it is yielded first, as chunk 0 of a pattern whose
-        first chunk is one frame. Schedules count generated chunks, the noisy context's start counts all (spec 6.5).
+        first chunk is one frame. Schedules count generated chunks, the noisy context's start counts all
+        (spec causal_rcm 6.5).
     ValueError for a clip that does not split into chunks, or an image with another pattern.
     """
     count = chunks.count(shape[1])

@@ -1,4 +1,4 @@
-"""Power-function EMA of the student's weights (spec section 7.1; Karras et al. 2024, "EDM2")."""
+"""Power-function EMA of the student's weights (spec causal_rcm 7.1; Karras et al. 2024, "EDM2")."""
 
 from __future__ import annotations
 

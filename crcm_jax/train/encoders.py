@@ -37,7 +37,7 @@ def text_encoder(config) -> TextEncoder | None:
 
 
 def negative_embedding(config, encoder: TextEncoder | None) -> np.ndarray:
-    """What guidance leads away from, `[1, token, channel]` float32, as `config.init.uncond` says (spec 7.4).
+    """What guidance leads away from, `[1, token, channel]` float32, as `config.init.uncond` says (spec causal_rcm 7.4).
 
     A `.pt` file is the embedding itself, any other the negative prompt's text, and '' the empty prompt; text needs an
     encoder, which is built here if `encoder` is None. Zeros if no loss of `config.training` looks at it. UsageError if

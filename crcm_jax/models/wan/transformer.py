@@ -29,11 +29,11 @@ from crcm_jax.parallel.placement import ONE_DEVICE, Placement, fill
 from pallas_kernels.attention import BlockCausal, Cached, Full, TeacherForcing
 
 TIME_SCALE = 1000.0
-"""Rectified-flow t in [0, 1] reaches the network as 1000·t (spec causal_rcm section 1.3)."""
+"""Rectified-flow t in [0, 1] reaches the network as 1000·t (spec causal_rcm 1.3)."""
 
 
 class Block(nnx.Module):
-    """One transformer layer (spec 1.2 step 4)."""
+    """One transformer layer (spec wan21 1.2.4)."""
 
     def __init__(self, c: WanConfig, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE):
         dtype, near = jnp.dtype(c.dtype), nnx.initializers.truncated_normal(1 / math.sqrt(c.dim))
@@ -113,7 +113,7 @@ class Outside(nnx.Module):
         if cond.latents is not None:
             x = jnp.concatenate([x, cond.latents.astype(x.dtype)], -1)
         _, ph, pw = self.config.patch
-        # Channel slowest within a patch (spec causal_rcm section 10, 24).
+        # Channel slowest within a patch (spec causal_rcm 10.24).
         patches = rearrange(x, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
         return self.patch_embedding(fill(patches, 2, filled))
 
