@@ -47,7 +47,7 @@ STREAMS = {
         Few(Schedule((4, 1), (MID_TIMES, ())), ContextRule(True, 1)),
     ),
 }
-"""Names, chunk patterns (frame-wise where nothing is said) and schedules (spec causal_rcm section 6.1)."""
+"""Names, chunk patterns (frame-wise where nothing is said) and schedules (spec causal_rcm 6.1)."""
 
 
 def random_params(network: WanTransformer, dtype, seed: int = 0):

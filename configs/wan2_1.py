@@ -1,4 +1,4 @@
-"""Wan2.1 at 480p: the published Causal-rCM recipes (spec: Causal-rCM section 7.1).
+"""Wan2.1 at 480p: the published Causal-rCM recipes (spec causal_rcm 7.1).
 
     crcm train --config=configs/wan2_1.py:tf_scm --workdir=out/tf_scm --config.data.path=latents \\
         --config.init.teacher=… --config.init.student=… --config.init.uncond=negative.pt

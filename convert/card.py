@@ -8,7 +8,7 @@ from convert.models import Model
 from convert.sources import Source
 from crcm_jax.recipes import RECIPES
 
-# Licences: spec Wan2.1's and Wan2.2's repositories. The Wan2.2 autoencoder's own licence file was not seen.
+# Licences of the models' repositories: spec cosmos3 7. The Wan2.2 autoencoder's own licence file was not seen.
 _BASES = {
     "wan2.1-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B", "apache-2.0"),
     "wan2.1-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B", "apache-2.0"),

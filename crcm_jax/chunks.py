@@ -1,7 +1,7 @@
 """How latent frames form chunks (blocks): the causal structure of a clip.
 
 Chunk 0 has `first` frames, every other chunk `size` frames; a network may look at its own chunk and at earlier ones
-(spec: Causal-rCM section 3.1). Everything here is host-side arithmetic on small integers.
+(spec causal_rcm 3.1). Everything here is host-side arithmetic on small integers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 class ChunkPattern:
     """`first` frames, then chunks of `size` frames. `window` and `sink` limit attention, in chunks; 0 is off.
 
-    With a window K, chunk c sees chunks c−K+1 … c; with a sink S also chunks 0 … S−1 (spec section 3.2).
+    With a window K, chunk c sees chunks c−K+1 … c; with a sink S also chunks 0 … S−1 (spec causal_rcm 3.2).
     """
 
     first: int

@@ -1,4 +1,4 @@
-"""Rectified-flow and TrigFlow algebra, and the time distributions of training (spec: Causal-rCM sections 1, 2).
+"""Rectified-flow and TrigFlow algebra, and the time distributions of training (spec causal_rcm 1, 2).
 
 Rectified flow: x_t = (1−t)·x0 + t·ε with t in [0, 1]; the network predicts the velocity v = ε − x0 = dx/dt.
 TrigFlow: x_θ = cosθ·x0 + sinθ·ε with θ in [0, π/2]; F = dx/dθ. The two are the same path at another speed and scale.
@@ -65,7 +65,7 @@ def flow_to_trig(t):
 
 
 def trig_velocity(v, x, theta):
-    """TrigFlow's F = dx/dθ of the network whose velocity at x/(cosθ+sinθ) is v (spec 1.2, closed form)."""
+    """TrigFlow's F = dx/dθ of the network whose velocity at x/(cosθ+sinθ) is v (spec causal_rcm 1.2, closed form)."""
     theta = expand(theta, x)
     cos, sin = jnp.cos(theta), jnp.sin(theta)
     return ((cos - sin) * x + v) / (cos + sin)
@@ -125,7 +125,8 @@ def sample_times(key, distribution: TimeDistribution, shape, dtype=jnp.float32):
 
 
 def fopp_times(key, distribution: TimeDistribution, batch: int, chunks: int):
-    """FoPP: non-decreasing chunk times `[batch, chunk]`; the anchor keeps the marginal `distribution` (spec 2).
+    """FoPP: non-decreasing chunk times `[batch, chunk]`; the anchor keeps the marginal `distribution`
+    (spec causal_rcm 2).
 
     An anchor chunk is drawn uniformly and its time from the distribution; earlier chunks are order statistics of
     uniforms below it, later ones above it, realised as normalised sums of exponentials, all in cumulative probability.
@@ -149,7 +150,7 @@ def fopp_times(key, distribution: TimeDistribution, batch: int, chunks: int):
 
 
 def consistency_times(key, batch: int, steps: int, total: int, s: float):
-    """Times t_0 > … > t_steps of a discrete consistency step, `[batch, steps+1]` (spec 2, `tf_dcm`).
+    """Times t_0 > … > t_steps of a discrete consistency step, `[batch, steps+1]` (spec causal_rcm 2, `tf_dcm`).
 
     u ~ U[0, 1 − steps/total), t_k = shift(1 − (u + k/total); s).
     """
@@ -158,5 +159,5 @@ def consistency_times(key, batch: int, steps: int, total: int, s: float):
 
 
 def gaussian_bell(t):
-    """Weight exp(−2(t−½)²) − exp(−½), zero at both ends (spec 4.1)."""
+    """Weight exp(−2(t−½)²) − exp(−½), zero at both ends (spec causal_rcm 4.1)."""
     return jnp.exp(-2 * jnp.square(t - 0.5)) - math.exp(-0.5)

@@ -113,7 +113,7 @@ def test_the_joint_type_has_phases():
 
 
 def test_phases_and_counters():
-    """One student update, then freq − 1 of the critic; counters as written in spec 4.5."""
+    """One student update, then freq − 1 of the critic; counters as written in spec causal_rcm 4.5."""
     algorithm = build.algorithm(config("sf_dmd", dmd={"student_update_freq": 6}))
     assert algorithm.student_update_freq == 6
     for warm in (0, 4):
@@ -123,7 +123,7 @@ def test_phases_and_counters():
             assert a.counts(iteration) == (student, critic), iteration
             expected = iteration < warm or (iteration - warm) % 6 == 0
             assert a.is_student_phase(iteration) == expected
-            # eff and eff_fake of the specification, in the phase that uses them.
+            # eff and eff_fake of spec causal_rcm 4.5, in the phase that uses them.
             eff = iteration if iteration < warm else warm + (iteration - warm) // 6
             assert (student == eff) if expected else (critic == iteration - eff - 1)
             student, critic = student + expected, critic + (not expected)

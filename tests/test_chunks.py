@@ -1,4 +1,4 @@
-"""How latent frames form chunks (spec: Causal-rCM 3.1)."""
+"""How latent frames form chunks (spec causal_rcm 3.1)."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_a_first_chunk_alone_is_a_clip():
 
 @pytest.mark.parametrize("bad", [{"first": 0, "size": 1}, {"first": 1, "size": 0}, {"first": 0, "size": 0}])
 def test_empty_chunks_are_refused(bad):
-    """The reference accepts an empty block 0 (spec 12): it must not."""
+    """The reference accepts an empty block 0 (spec causal_rcm 12): it must not."""
     with pytest.raises(ValueError, match="at least one frame"):
         ChunkPattern(**bad)
 

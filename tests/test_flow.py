@@ -1,4 +1,4 @@
-"""Rectified flow, TrigFlow and time distributions against formulas in NumPy (spec: Causal-rCM 1, 2)."""
+"""Rectified flow, TrigFlow and time distributions against formulas in NumPy (spec causal_rcm 1, 2)."""
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +38,13 @@ def test_shift_and_its_inverse():
         np.testing.assert_allclose(flow.unshift(flow.shift(u, s), s), u, atol=1e-15)
     np.testing.assert_array_equal(flow.shift(u, 0), u)
     np.testing.assert_array_equal(flow.unshift(u, -1.0), u)
-    # The few-step times are shifted quarters (spec 2), and so is `shift3_backward`.
+    # The few-step times are shifted quarters (spec causal_rcm 2), and so is `shift3_backward`.
     np.testing.assert_allclose(flow.shift(np.array([3, 2, 1]) / 4, 5.0), [15 / 16, 5 / 6, 5 / 8])
     np.testing.assert_allclose(flow.shift(np.array([3, 2, 1]) / 4, 3.0), [0.9, 0.75, 0.5])
 
 
 def test_trigonometric_time(x64):
-    """θ = arctan(t/(1−t)) and back; the listed trig times are the listed flow times (spec 2)."""
+    """θ = arctan(t/(1−t)) and back; the listed trig times are the listed flow times (spec causal_rcm 2)."""
     t = np.linspace(0, 1, 101)
     np.testing.assert_allclose(flow.trig_to_flow(flow.flow_to_trig(t)), t, atol=1e-15)
     assert float(flow.flow_to_trig(1.0)) == np.pi / 2
@@ -52,7 +52,7 @@ def test_trigonometric_time(x64):
 
 
 def test_trigonometric_velocity_is_the_wrapper(x64):
-    """The closed form of spec 1.2 equals its table c_skip, c_out, c_in and (cosθ·x − x0)/sinθ."""
+    """The closed form of spec causal_rcm 1.2 equals its table c_skip, c_out, c_in and (cosθ·x − x0)/sinθ."""
     rng = np.random.default_rng(1)
     theta = rng.uniform(0.05, np.pi / 2, size=(3, 1))
     x = rng.normal(size=(3, 2, 1, 1, 4))

@@ -53,7 +53,8 @@ def run(plan, steps, chunks=SINGLE, params=PARAMS, seed=0):
 
 
 def test_exit_times_of_a_truncated_schedule():
-    """Per-chunk steps [4, 2, 2, 2, 2]: min(N, m_b) steps, the last listed time is where x0 is read off (spec 11)."""
+    """Per-chunk steps [4, 2, 2, 2, 2]: min(N, m_b) steps, the last listed time is where x0 is read off:
+    spec causal_rcm 11."""
     plan = StepPlan(**TWO_STEP)
     expected = {
         1: [1, 1, 1, 1, 1],
@@ -87,7 +88,7 @@ def test_the_last_step_makes_the_sample():
 
 
 def test_a_seed_does_not_depend_on_the_chunk_pattern():
-    """Noises are full clips, cut by frame (spec 10, 30)."""
+    """Noises are full clips, cut by frame (spec causal_rcm 10.30)."""
     np.testing.assert_array_equal(run(StepPlan(), 1).inputs, run(StepPlan(), 1, ChunkPattern(1, 2)).inputs)
 
 

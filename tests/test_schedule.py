@@ -1,4 +1,4 @@
-"""At which times samplers and rollouts evaluate the network (spec: Causal-rCM 4.5, 6.1)."""
+"""At which times samplers and rollouts evaluate the network (spec causal_rcm 4.5, 6.1)."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_few_step_times():
 
 
 def test_multi_step_times():
-    """Evenly spaced before the shift, from σ_max to 0, written out with the formula of spec 6.1."""
+    """Evenly spaced before the shift, from σ_max to 0, written out with the formula of spec causal_rcm 6.1."""
     times = np.array(schedule.multi_step(50, 3.0, 1600.0))
     top = 1600 / 1601
     u = np.linspace(top / (3 - 2 * top), 0, 51)
@@ -46,7 +46,7 @@ def test_impossible_schedules_are_refused(call, message):
 
 
 def test_plans_of_the_recipes():
-    """The training presets of spec 6.1; the last entry serves all later chunks."""
+    """The training presets of spec causal_rcm 6.1; the last entry serves all later chunks."""
     two = StepPlan((4, 2), (MID_TIMES, (5 / 6,)))
     assert two.schedule(0) == (1.0, 15 / 16, 5 / 6, 5 / 8)
     assert two.schedule(1) == two.schedule(9) == (1.0, 5 / 6)
@@ -60,7 +60,7 @@ def test_plans_of_the_recipes():
 
 
 def test_simulated_steps_cycle():
-    """N = updates mod m_0 + 1 (spec 4.5); chunk b takes min(N, m_b)."""
+    """N = updates mod m_0 + 1 (spec causal_rcm 4.5); chunk b takes min(N, m_b)."""
     plan = StepPlan((4, 2), (MID_TIMES, (5 / 6,)))
     assert [plan.simulated_steps(n) for n in range(6)] == [1, 2, 3, 4, 1, 2]
     per_chunk = lambda n: [min(plan.simulated_steps(n), plan.most_steps(b)) for b in range(5)]  # noqa: E731

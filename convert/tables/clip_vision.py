@@ -5,7 +5,7 @@ leading axis; `[1/3]` stands for the second of three equal parts of a tensor's f
 `[out, in]` → `[in, out]`; "conv2d", OIHW → HWIO; "unit" and "units", one or two leading axes of one dropped.
 
 The native file, `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, holds a text tower beside the vision tower,
-and so do CLIP's own folders: Wan never reads it, and it is passed over. Source: spec Wan2.1; names as in
+and so do CLIP's own folders: Wan never reads it, and it is passed over. Names as in
 `Wan2.1: wan/modules/clip.py` and transformers' `CLIPVisionModel` and `CLIPVisionModelWithProjection`.
 """
 

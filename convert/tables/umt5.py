@@ -1,8 +1,8 @@
 """Names of the UMT5 encoder's tensors: Wan's native checkpoint and transformers, against ours.
 
 An entry is `(foreign pattern, our path, transform)`. `{i}` stands for the layer's number; ours stacks the layers on a
-leading axis. Transforms: "same"; "linear", `[out, in]` → `[in, out]`. Sources: spec Wan2.1 section 3, Cosmos 3
-section 6.3.
+leading axis. Transforms: "same"; "linear", `[out, in]` → `[in, out]`. Sources: spec wan21 3,
+spec cosmos3 6.3.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An entry is `(foreign pattern, our path, transform)`. `{i}` stands for the layer's number; ours stacks the layers on a
 leading axis. Transforms, from theirs to ours: "same"; "linear", `[out, in]` → `[in, out]`; "patch", the convolution
 over 1×2×2 patches `[out, channel, 1, 2, 2]` → `[channel·1·2·2, out]`, channel slowest; "unit", a leading axis of one
-dropped. Sources: spec Wan2.1 section 1.5, Cosmos 3 section 6.1.
+dropped. Sources: spec wan21 1.5, spec cosmos3 6.1.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ the transform names the change of layout from theirs to ours:
 * "gamma3d": `[C, 1, 1, 1]` → `[C]`
 
 The names depend on how deep a network is, not on its widths: tables are made for `config`, anything with the fields
-`blocks`, `multipliers`, `temporal`, `encoder_dim`, `decoder_dim` and `residual` of `WanVAEConfig`. Sources: spec Wan2.1
-section 2.1, Cosmos 3 section 6.2; native 2.2 nests a stage's layers (`upsamples.{s}.upsamples.{j}`), 2.1 counts them
+`blocks`, `multipliers`, `temporal`, `encoder_dim`, `decoder_dim` and `residual` of `WanVAEConfig`. Sources:
+spec wan21 2.1, spec cosmos3 6.2; native 2.2 nests a stage's layers (`upsamples.{s}.upsamples.{j}`), 2.1 counts them
 through.
 """
 

@@ -23,7 +23,7 @@ from crcm_jax.parallel.placement import Placement
 from crcm_jax.sampling import denoise_whole, teacher_times
 
 STORED = ml_dtypes.bfloat16
-"""The type of what is written (spec: Causal-rCM section 7.4)."""
+"""The type of what is written (spec causal_rcm 7.4)."""
 
 
 class _Maker:

@@ -55,8 +55,8 @@ class LatentSource:
         return self._examples.fingerprint()
 
     def require(self, latents: tuple[int, int, int, int], text: tuple[int, int]) -> None:
-        """From now on, examples are of these shapes: later frames are cut off, short texts filled up with zeros (spec
-        7.4), and others count as damaged. UserError if already the first whole example does not fit.
+        """From now on, examples are of these shapes: later frames are cut off, short texts filled up with zeros
+        (spec causal_rcm 7.4), and others count as damaged. UserError if already the first whole example does not fit.
         """
         self._shapes = latents, text
         for index in range(len(self)):

@@ -1,4 +1,4 @@
-"""WebDataset tars of latents, the field's sets as they are (spec: Causal-rCM section 7.4): read at random, and written.
+"""WebDataset tars of latents, the field's sets as they are (spec causal_rcm 7.4): read at random, and written.
 
 An example is three members of one key: `KEY.latent.pt`, a torch-saved tensor `[channel, frame, height, width]`;
 `KEY.embed.pt`, one `[token, channel]`; `KEY.prompt.txt`, UTF-8. PyTorch's axes exist in this file alone.

@@ -82,7 +82,7 @@ def frame_mean(x):
 
 
 class ContextNoise(NamedTuple):
-    """How a student sees its context in teacher forcing (spec 3.4).
+    """How a student sees its context in teacher forcing (spec causal_rcm 3.4).
 
     times: the time of each chunk's context; an empty tuple means clean. start: chunks before it stay clean.
     """

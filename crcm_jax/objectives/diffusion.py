@@ -1,6 +1,6 @@
 """Stage 1: diffusion. Teacher forcing (`tf`), diffusion forcing (`df`) and the bidirectional model they start from.
 
-All three regress the velocity v* = ε − x0 (spec: Causal-rCM sections 4.1, 4.2).
+All three regress the velocity v* = ε − x0 (spec causal_rcm 4.1, 4.2).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def teacher_forcing(
     student: Bound, batch, cond: Condition, key, *, times: flow.TimeDistribution,
     context_noise=common.CLEAN, weighting: str = "gaussian_bell", scale: float = 100.0,
 ):  # fmt: skip
-    """`tf`: one time a sample, clean context (spec 4.1). Returns (losses `[batch]`, metrics)."""
+    """`tf`: one time a sample, clean context (spec causal_rcm 4.1). Returns (losses `[batch]`, metrics)."""
     x0, held = batch["latents"], common.given(batch)
     time_key, noise_key, context_key = jax.random.split(key, 3)
     t = flow.sample_times(time_key, times, (x0.shape[0], 1))
@@ -44,9 +44,9 @@ def diffusion_forcing(
     student: Bound, batch, cond: Condition, key, *, times: flow.TimeDistribution, strategy: str = "random",
     weighting: str = "none", scale: float = 100.0,
 ):  # fmt: skip
-    """`df`: a noisy clip sees its own noisy past, each chunk at its own time (spec 4.2).
+    """`df`: a noisy clip sees its own noisy past, each chunk at its own time (spec causal_rcm 4.2).
 
-    strategy: "random", chunks independent; "same", one time a sample; "fopp", monotone times (spec section 2).
+    strategy: "random", chunks independent; "same", one time a sample; "fopp", monotone times (spec causal_rcm 2).
     """
     x0, held, chunks = batch["latents"], common.given(batch), student.network.chunks
     size, index = x0.shape[0], chunks.index(x0.shape[1])

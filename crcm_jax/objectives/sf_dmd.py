@@ -1,4 +1,4 @@
-"""SF-DMD: distribution matching on the student's own rollouts (spec: Causal-rCM section 4.5)."""
+"""SF-DMD: distribution matching on the student's own rollouts (spec causal_rcm 4.5)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def dmd_target(x, key, scores: Scores, cond: Condition, matching: Matching, held
 def sf_dmd(student: Bound, batch, cond: Condition, key, *, scores: Scores, updates, matching: Matching = Matching()):
     """The student's loss, differentiated through the last step of every chunk. Returns (losses `[batch]`, metrics).
 
-    `updates` student updates so far choose the number of simulated steps, as the plan's exit says (spec 4.5).
+    `updates` student updates so far choose how many steps are simulated, as the plan's exit says (spec causal_rcm 4.5).
     """
     rollout_key, score_key = jax.random.split(key)
     x0, held, steps = batch["latents"], common.given(batch), matching.steps(updates, key)
@@ -92,7 +92,7 @@ def sf_dmd_replayed(
 
 
 def critic(fake: Bound, batch, cond: Condition, key, *, student: Bound, updates, matching: Matching = Matching()):
-    """The fake score's loss: velocity regression, a mean, on fresh rollouts of the student (spec 4.5, critic).
+    """The fake score's loss: velocity regression, a mean, on fresh rollouts of the student (spec causal_rcm 4.5).
 
     `updates` critic updates so far choose the number of simulated steps. Returns (losses `[batch]`, metrics).
     """

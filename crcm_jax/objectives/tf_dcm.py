@@ -1,4 +1,4 @@
-"""TF-dCM: the discrete-time consistency objective under teacher forcing (spec: Causal-rCM section 4.3)."""
+"""TF-dCM: the discrete-time consistency objective under teacher forcing (spec causal_rcm 4.3)."""
 
 from __future__ import annotations
 

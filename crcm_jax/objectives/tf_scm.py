@@ -1,4 +1,4 @@
-"""TF-sCM: the continuous-time consistency objective under teacher forcing (spec: Causal-rCM section 4.4)."""
+"""TF-sCM: the continuous-time consistency objective under teacher forcing (spec causal_rcm 4.4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crcm_jax.models.bound import Bound
 from crcm_jax.objectives import common
 
 NORM_FLOOR = 0.1
-"""Added to the tangent's norm, not a maximum with it (spec section 10, 15)."""
+"""Added to the tangent's norm, not a maximum with it (spec causal_rcm 10.15)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The laws by which weights are averaged. Power functions: spec section 7.1; Karras et al. 2024, "EDM2"."""
+"""The laws by which weights are averaged. Power functions: spec causal_rcm 7.1; Karras et al. 2024, "EDM2"."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def summed(grad_fns: Sequence[GradFn]) -> GradFn:
 
 
 def after(iteration: int, always: GradFn, later: GradFn) -> GradFn:
-    """`always`, plus `later` from `iteration` on (the joint type, spec 4.5); one program for both phases."""
+    """`always`, plus `later` from `iteration` on (the joint type, spec causal_rcm 4.5); one program for both phases."""
     both = summed([always, later])
     if not iteration:
         return both

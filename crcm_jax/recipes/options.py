@@ -36,8 +36,11 @@ def rollout_plan(config) -> RolloutPlan:
 
 
 def context_noise(config, *, by_chunk: bool = False) -> common.ContextNoise:
-    """How the student's context is noised in teacher forcing (spec 3.4). by_chunk: each chunk as its own last step is,
-    which a student that also learns from rollouts sees; otherwise all as chunk 0's."""
+    """How the student's context is noised in teacher forcing (spec causal_rcm 3.4).
+
+    by_chunk: each chunk as its own last step is, which a student that also learns from rollouts sees; otherwise all as
+    chunk 0's.
+    """
     plan = rollout_plan(config)
     if not plan.context.noisy:
         return common.CLEAN

@@ -34,7 +34,7 @@ class Always:
 @dataclasses.dataclass(frozen=True)
 class Alternate:
     """`first` has a turn every `every` iterations, `second` all between; the first `alone` iterations are all `first`'s
-    (spec section 4.5, phases)."""
+    (spec causal_rcm 4.5, phases)."""
 
     every: int
     alone: int = 0

@@ -1,4 +1,4 @@
-"""Self-forcing: the student generates a clip chunk by chunk from its own cache (spec: Causal-rCM section 4.5)."""
+"""Self-forcing: the student generates a clip chunk by chunk from its own cache (spec causal_rcm 4.5)."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def frozen_rollout(student: Bound, *arguments, gather_once: bool = True, **named
 
 
 def replay(student: Bound, cond: Condition, done: Rollout, target, weights, *, at_once: bool = False, clean=None):
-    """Σ_b weights_b·Σ(x0_b − target)² and its gradient, from the chunks' last steps (spec 4.5, replayed).
+    """Σ_b weights_b·Σ(x0_b − target)² and its gradient, from the chunks' last steps (spec causal_rcm 4.5, replayed).
 
     Equal to differentiating the rollout, since its chunks are gradient-independent, with the memory of one chunk; or
     `at_once`, with all chunks in one pass against the rollout's cache: faster, with the activations of a whole clip.

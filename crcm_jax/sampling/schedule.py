@@ -1,4 +1,4 @@
-"""At which times a sampler evaluates the network (spec: Causal-rCM sections 4.5, 6.1)."""
+"""At which times a sampler evaluates the network (spec causal_rcm 4.5, 6.1)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from crcm_jax import flow
 
 MID_TIMES = (15 / 16, 5 / 6, 5 / 8)
-"""shift([3/4, 1/2, 1/4]; 5): where a four-step student stops on its way (spec 2)."""
+"""shift([3/4, 1/2, 1/4]; 5): where a four-step student stops on its way (spec causal_rcm 2)."""
 
 
 def few_step(steps: int, mid=MID_TIMES, sigma_max: float | None = 1600.0) -> tuple[float, ...]:
-    """Times of a few-step sampler: t_max, the first steps−1 of `mid`, 0 (spec 6.1).
+    """Times of a few-step sampler: t_max, the first steps−1 of `mid`, 0 (spec causal_rcm 6.1).
 
     `sigma_max=None` starts at exactly 1. ValueError where `mid` is too short or does not decrease.
     """
@@ -28,7 +28,7 @@ def few_step(steps: int, mid=MID_TIMES, sigma_max: float | None = 1600.0) -> tup
 
 
 def multi_step(steps: int, s: float = 3.0, sigma_max: float = 1600.0) -> tuple[float, ...]:
-    """steps+1 times of an ODE sampler from t_max to 0, evenly spaced before the shift (spec 6.1)."""
+    """steps+1 times of an ODE sampler from t_max to 0, evenly spaced before the shift (spec causal_rcm 6.1)."""
     top = flow.unshift(sigma_max / (sigma_max + 1), s)
     return decreasing(flow.shift(np.linspace(top, 0, steps + 1), s).tolist())
 
@@ -81,7 +81,7 @@ class Schedule:
 @dataclasses.dataclass(frozen=True)
 class ContextRule:
     """What later chunks see of a chunk: its clean prediction or, if `noisy`, from chunk `start` on, what its last
-    denoising pass saw, which then serves both (spec: Causal-rCM section 6.2)."""
+    denoising pass saw, which then serves both (spec causal_rcm 6.2)."""
 
     noisy: bool = False
     start: int = 0
@@ -108,7 +108,7 @@ class Exit(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Cycle:
-    """N cycles through 1 … m_0 with the player's own updates (spec: Causal-rCM section 4.5)."""
+    """N cycles through 1 … m_0 with the player's own updates (spec causal_rcm 4.5)."""
 
     def steps(self, schedule: Schedule, updates, key):
         """See `Exit`."""

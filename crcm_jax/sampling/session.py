@@ -6,7 +6,7 @@
 
 `stream`, long videos and live servers are these few functions. A state is a value: it can be saved, and `fork`ed to go
 two ways from one. Chunk n draws its noise from `fold_in(key, n)`, so that what a session shows depends on its key,
-its prompts and its frames alone (spec: Causal-rCM sections 6.2, 6.3, 6.5).
+its prompts and its frames alone (spec causal_rcm 6.2, 6.3, 6.5).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Session:
             span = chunks.span(chunk)
             x, t = first[:, span], jnp.zeros(())
             if self.solver.context.noisy_at(chunk):
-                # A given chunk stands where a generated one's last pass would (spec 6.5).
+                # A given chunk stands where a generated one's last pass would (spec causal_rcm 6.5).
                 t = jnp.asarray(self.solver.times(0)[-2], jnp.float32)
                 x = flow.interpolate(x, self._first_noise(state, noise, span, x), t)
             frames = cond.at(span).frames

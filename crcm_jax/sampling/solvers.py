@@ -39,7 +39,7 @@ class Solver(Stepper, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Few:
-    """A distilled student: jump to x0, re-noise to the next time (spec 6.2)."""
+    """A distilled student: jump to x0, re-noise to the next time (spec causal_rcm 6.2)."""
 
     schedule: Schedule = FOUR_STEPS
     context: ContextRule = CLEAN
@@ -72,7 +72,7 @@ class Few:
 
 @dataclasses.dataclass(frozen=True)
 class Ode:
-    """A diffusion model: Euler steps along its probability-flow ODE (spec 6.3)."""
+    """A diffusion model: Euler steps along its probability-flow ODE (spec causal_rcm 6.3)."""
 
     steps: int = 50
     shift: float = 3.0

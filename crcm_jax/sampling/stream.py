@@ -1,6 +1,6 @@
 """The streaming sampler of whole clips: a session, one chunk after another, each seeing the cache of those before it.
 
-Spec: Causal-rCM sections 6.2 (few steps), 6.3 (many steps), 6.5 (a given first frame).
+spec causal_rcm 6.2 (few steps), 6.3 (many steps), 6.5 (a given first frame).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def stream(
     shape: the clip's latents (batch, frame, height, width, channel).
     guidance: above 1, with `uncond`, two branches with a cache each; students carry their guidance within.
     first: latents `[batch, frame, …]` that the clip starts with, whole chunks (image-to-video, continuation): they are
-        yielded first. Schedules count generated chunks, the noisy context's start counts all (spec 6.5).
+        yielded first. Schedules count generated chunks, the noisy context's start counts all (spec causal_rcm 6.5).
     noise: of the whole clip, in place of what the session would draw from `key`, chunk by chunk.
     ValueError for a clip, or a start of it, that does not split into chunks, and for a bidirectional network.
     """

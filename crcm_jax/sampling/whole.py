@@ -1,4 +1,4 @@
-"""Samplers of the whole clip at once, for bidirectional networks: Euler and UniPC (spec: Causal-rCM section 6.4).
+"""Samplers of the whole clip at once, for bidirectional networks: Euler and UniPC (spec causal_rcm 6.4).
 
 Times decrease from near 1 to exactly 0, the last step landing there. In flow time α = 1 − t and σ = t; UniPC works in
 λ = log(α/σ) with the predictions of x0, m = x − t·v. Everything that depends on times alone is worked out on the host
@@ -159,7 +159,7 @@ def solve(solver: str, velocity: Velocity, x: jax.Array, times: Sequence[float])
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """How a bidirectional diffusion model makes a clip: all frames at once, in many steps (spec 6.4)."""
+    """How a bidirectional diffusion model makes a clip: all frames at once, in many steps (spec causal_rcm 6.4)."""
 
     solver: str = "unipc"
     steps: int = 50

@@ -1,4 +1,4 @@
-"""AdamW of spec section 7.1: float32 moments, float32 master weights, warm-up over the network's own updates."""
+"""AdamW of spec causal_rcm 7.1: float32 moments, float32 master weights, warm-up over the network's own updates."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One iteration: guarded gradient, accumulation, optimiser, averages, counters.
 
 A sample whose loss is not finite costs only itself: its gradient is never mixed with the others' (0·NaN is NaN, so a
-mask on the loss alone would not do, spec section 4.4 step 6). The gradient is taken again with a good sample's inputs
+mask on the loss alone would not do, spec causal_rcm 4.4.6). The gradient is taken again with a good sample's inputs
 in its place and a weight of zero, and the update is the mean over the samples that were kept.
 """
 

@@ -53,7 +53,7 @@ class Full(Mask):
 )
 @dataclasses.dataclass(frozen=True)
 class BlockCausal(Mask):
-    """Chunks of tokens; a query sees its own chunk and earlier ones (spec: Causal-rCM section 3.2, block_causal).
+    """Chunks of tokens; a query sees its own chunk and earlier ones (spec causal_rcm 3.2, block_causal).
 
     Chunk 0 has `first` tokens, every other one `chunk` tokens. Keys start at chunk 0, queries at chunk `offset`. With
     `window` K > 0 a query of chunk c sees chunks c−K+1 … c, and with `sink` S > 0 also chunks 0 … S−1 up to its own.
@@ -98,7 +98,7 @@ class BlockCausal(Mask):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("first", "chunk", "window", "sink"))
 @dataclasses.dataclass(frozen=True)
 class TeacherForcing(Mask):
-    """Noisy target over `[earlier chunks of the clean context ; own chunk]` (spec: Causal-rCM section 3.2).
+    """Noisy target over `[earlier chunks of the clean context ; own chunk]` (spec causal_rcm 3.2).
 
     Own is the noisy stream itself; a query of chunk c sees own chunk c and the context's chunks 0 … c−1, with `window`
     K only c−K+1 … c−1, and with `sink` S also 0 … S−1. Queries and own keys have equal length; the context has at least

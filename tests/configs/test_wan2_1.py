@@ -1,4 +1,4 @@
-"""The Wan2.1 recipes against the published table (spec: Causal-rCM sections 6.1, 7.1), written out by hand."""
+"""The Wan2.1 recipes against the published table (spec causal_rcm 6.1, 7.1), written out by hand."""
 
 import jax
 import pytest

@@ -175,7 +175,7 @@ def test_time_is_rounded_only_where_asked(x64):
     def at(network, t):
         return network.velocity(params, x, jnp.full((2, 1), t), cond)
 
-    # 937.5 lies on the edge of its bin and goes to the even neighbour, 936 (spec 1.3).
+    # 750 lies between two bins and goes to the even neighbour, 752 (spec causal_rcm 1.3).
     for t, seen in ((15 / 16, 0.936), (5 / 6, 0.832), (5 / 8, 0.624), (3 / 4, 0.752), (1600 / 1601, 1.0)):
         assert tiny.relative(at(rounded, t), at(exact, seen)) < EXACT
         assert tiny.relative(at(rounded, t), at(exact, t)) > 1e-4

@@ -1,7 +1,7 @@
 """The causal video transformer written a second time, from the specification's text: NumPy, float64, plain loops.
 
-Nothing is shared with the program: one packed sequence, an explicit boolean mask from the predicates of section 3.2
-(Causal-rCM), a loop over layers, heads and patches (Wan2.1, sections 1.2 and 1.3).
+Nothing is shared with the program: one packed sequence, an explicit boolean mask from the predicates of
+spec causal_rcm 3.2, a loop over layers, heads and patches (spec wan21 1.2, 1.3).
 """
 
 import math

@@ -98,7 +98,7 @@ def test_guidance_is_two_forwards():
 
 
 def test_noisy_context():
-    """Chunks from the start on are noised to their time and told so; earlier ones stay clean (spec 3.4)."""
+    """Chunks from the start on are noised to their time and told so; earlier ones stay clean (spec causal_rcm 3.4)."""
     c, t = common.context(KEY, X0, PATTERN, ContextNoise((5 / 8,), 1))
     np.testing.assert_array_equal(t, np.float32([[0, 5 / 8, 5 / 8]]))
     np.testing.assert_array_equal(c[:, 0], X0[:, 0])
@@ -236,7 +236,8 @@ def test_the_dmd_target():
 
 
 def test_trigonometric_and_straight_consistency_are_parallel():
-    """g_Trig = cosθ·df/dθ = (1−t)·√((1−t)² + t²)·g_RF for the same function f, any network, any teacher (spec 4.4)."""
+    """g_Trig = cosθ·df/dθ = (1−t)·√((1−t)² + t²)·g_RF for the same function f, any network, any teacher:
+    spec causal_rcm 4.4."""
     rng = np.random.default_rng(0)
     theta = jnp.asarray(rng.uniform(0.1, 1.4, size=(6, 1)))
     z, noise = (jnp.asarray(rng.normal(size=(6, 1, 1, 1, 2))) for _ in range(2))

@@ -1,4 +1,5 @@
-"""Attention, its tangent and its gradients in NumPy float64, straight from the formulas and the predicates of the spec.
+"""Attention, its tangent and its gradients in NumPy float64, straight from the formulas and the predicates of
+spec causal_rcm 3.2.
 
 Shares nothing with the package but the mask descriptions' fields. With `round_to` the operands of every matrix product,
 and the output that the derivatives read back, are first rounded to that dtype: what an ideal kernel with low-precision

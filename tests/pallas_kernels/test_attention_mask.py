@@ -1,4 +1,4 @@
-"""Mask descriptions: intervals against the spec's predicates, tile ranges, traced fields, bad input."""
+"""Mask descriptions: intervals against the predicates of spec causal_rcm 3.2, tile ranges, traced fields, bad input."""
 
 import functools
 

@@ -81,7 +81,7 @@ def test_a_constant_prediction_is_reached_exactly():
 
 
 def test_teacher_times():
-    """shift(linspace; 5) from 5000/5001, by hand (spec 6.4)."""
+    """shift(linspace; 5) from 5000/5001, by hand (spec causal_rcm 6.4)."""
     top = 5000 / 5001
     u = np.linspace(top / (5 - 4 * top), 0, 51)
     np.testing.assert_allclose(teacher_times(), 5 * u / (1 + 4 * u), rtol=1e-12)

@@ -29,7 +29,7 @@ def masked():
 
 
 def slow(noise: Noise, solver, guidance=1.0, image=None):
-    """The specification's loops (6.2, 6.3, 6.5). Later frames are nonsense: the mask must hide them."""
+    """The loops of spec causal_rcm 6.2, 6.3, 6.5. Later frames are nonsense: the mask must hide them."""
     seen, seen_t = np.full(SHAPE, 50.0, np.float32), np.zeros((2, FRAMES), np.float32)
     plan, chunks, begin = solver.plan, [], 0
     spans = [slice(0, 1), slice(1, 3), slice(3, 5)]

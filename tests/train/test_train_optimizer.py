@@ -13,7 +13,7 @@ SETTINGS = {"lr": 3e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1,
 
 
 def reference(params, grads, s, master_of=lambda w: w):
-    """Spec section 7.1 in float64; `params` and each of `grads` are flat vectors."""
+    """The AdamW of spec causal_rcm 7.1 in float64; `params` and each of `grads` are flat vectors."""
     w, m, v = params.astype(np.float64), 0.0, 0.0
     out = []
     for k, g in enumerate(grads):

@@ -1,4 +1,4 @@
-"""Three-axis rotary position tables (spec: Wan2.1 section 1.3)."""
+"""Three-axis rotary position tables (spec wan21 1.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The UMT5 text encoder (spec: Wan2.1 section 3).
+"""The UMT5 text encoder (spec wan21 3).
 
 A T5 encoder with its own table of relative positions in every layer: pre-norm attention without 1/√d and without
 biases, then a gated GELU. Layers are stacked and scanned.

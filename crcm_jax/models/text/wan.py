@@ -1,6 +1,6 @@
 """Prompts to text embeddings: cleaning, a tokenizer from local files, and the encoder behind `models.base.TextEncoder`.
 
-Spec: Wan2.1 section 3. Nothing is downloaded. The negative prompt that Wan's models share is not part of this code:
+See spec wan21 3. Nothing is downloaded. The negative prompt that Wan's models share is not part of this code:
 read it from the model's own configuration.
 """
 

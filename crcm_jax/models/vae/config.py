@@ -1,4 +1,4 @@
-"""Sizes and latent statistics of the Wan video autoencoders (spec: Wan2.1 section 2, Cosmos 3 section 2.5)."""
+"""Sizes and latent statistics of the Wan video autoencoders (spec wan21 2, spec cosmos3 2.5)."""
 
 from __future__ import annotations
 

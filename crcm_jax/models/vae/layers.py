@@ -1,12 +1,12 @@
-"""The layers of the Wan autoencoders (spec: Wan2.1 section 2), as Flax NNX modules.
+"""The layers of the Wan autoencoders (spec wan21 2), as Flax NNX modules.
 
 Frames are `[batch, frame, height, width, channel]`. A layer that looks back in time takes `past`, what it kept of the
 frames before, and returns `(y, past)` for its next call; `past=None` is the start of a clip. Nothing is hidden in the
 modules: whatever a stream remembers is in those values.
 
-The start of a clip is special in two places (spec 2.2): a temporal downsampling passes the first frame through, and a
-temporal upsampling does not double it, nor lets later frames see it. Written so, one pass over n frames and n passes
-over one frame are the same function.
+The start of a clip is special in two places (spec wan21 2.2): a temporal downsampling passes the first frame through,
+and a temporal upsampling does not double it, nor lets later frames see it. Written so, one pass over n frames and n
+passes over one frame are the same function.
 """
 
 from __future__ import annotations

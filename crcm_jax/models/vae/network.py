@@ -1,4 +1,4 @@
-"""The encoder and decoder of the Wan autoencoders (spec: Wan2.1 section 2.1), 2.1 and 2.2 by configuration.
+"""The encoder and decoder of the Wan autoencoders (spec wan21 2.1), 2.1 and 2.2 by configuration.
 
 Parameter names are `stage{s}.block{r}.…`, with stages counted from the input of each network. Like its layers, a
 network takes and returns `past`: None at the start of a clip, later what the last call returned.

@@ -13,7 +13,7 @@ from crcm_jax.parallel.placement import ONE_DEVICE, Placement
 
 
 class Block(nnx.Module):
-    """One transformer layer (spec 1.2 step 4)."""
+    """One transformer layer (spec wan21 1.2.4)."""
 
     def __init__(self, c: WanConfig, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE):
         dtype, near = jnp.dtype(c.dtype), nnx.initializers.truncated_normal(1 / math.sqrt(c.dim))

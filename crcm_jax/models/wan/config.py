@@ -1,4 +1,4 @@
-"""Sizes of the Wan transformer family (spec: Wan2.1 section 1.1)."""
+"""Sizes of the Wan transformer family (spec wan21 1.1)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.parallel.placement import pad_to
 
 TIME_SCALE = 1000.0
-"""Rectified-flow t in [0, 1] reaches the network as 1000·t (spec causal_rcm section 1.3)."""
+"""Rectified-flow t in [0, 1] reaches the network as 1000·t (spec causal_rcm 1.3)."""
 
 
 class ImageEmbedding(nnx.Module):
@@ -60,7 +60,7 @@ class Ends(nnx.Module):
         if extra is not None:
             x = jnp.concatenate([x, extra.astype(x.dtype)], -1)
         _, ph, pw = self.config.patch
-        # Channel slowest within a patch (spec causal_rcm section 10, 24).
+        # Channel slowest within a patch (spec causal_rcm 10.24).
         patches = rearrange(x, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
         return self.patch_embedding(pad_to(patches, 2, padded))
 

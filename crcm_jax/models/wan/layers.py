@@ -1,4 +1,4 @@
-"""The layers that Wan's transformer is made of (spec: Wan2.1 section 1.2), as Flax NNX modules.
+"""The layers that Wan's transformer is made of (spec wan21 1.2), as Flax NNX modules.
 
 NNX only declares parameters and applies them; every transformation is `jax.*` over the plain tree of arrays.
 Tokens keep their frame axis, `[batch, frame, token, channel]`, so that per-frame modulation broadcasts over tokens
@@ -58,7 +58,7 @@ def gelu(x):
 
 
 class RmsNorm(nnx.Module):
-    """x·rsqrt(mean x² + eps), cast to the compute dtype, then × scale (spec 1.2 step 5)."""
+    """x·rsqrt(mean x² + eps), cast to the compute dtype, then × scale (spec wan21 1.2.5)."""
 
     def __init__(self, dim: int, eps: float, dtype):
         self.scale = nnx.Param(jnp.ones(dim))
@@ -107,7 +107,7 @@ def rotate(x, rope):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with RMS norm on q and k over the whole width (spec 1.2 steps 5 and 6).
+    """Multi-head attention with RMS norm on q and k over the whole width (spec wan21 1.2.5, 1.2.6).
 
     With `image`, a second set of keys and values for image tokens, whose output is added (Wan2.1 I2V).
     """

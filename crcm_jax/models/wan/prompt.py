@@ -16,7 +16,7 @@ EXTRA = "latents"
 
 def prompt(text: jax.Array, image: jax.Array | None = None) -> dict[str, jax.Array]:
     """Wan's prompt tree. text: `[batch, token, channel]` embeddings, zeros past the prompt's end, which are attended
-    (spec section 7.4). image: `[batch, token, channel]` embeddings of image-to-video models."""
+    (spec causal_rcm 7.4). image: `[batch, token, channel]` embeddings of image-to-video models."""
     return {"text": text} if image is None else {"text": text, "image": image}
 
 
