@@ -27,8 +27,9 @@ from crcm_jax.data.example import Example
 from crcm_jax.data.tar_shard import TarWriter
 from crcm_jax.models.vae.config import WanVAEConfig
 from crcm_jax.models.vae.wan import WanVAE
+from crcm_jax.models.wan.family import COMMON, TOKENS
 
-TEXT = (512, 4096)
+TEXT = (TOKENS, COMMON["text_dim"])
 SHARD = 16
 
 

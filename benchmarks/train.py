@@ -5,7 +5,7 @@
     python -m benchmarks.train --teacher 14b --chunks 3-3 --profile /tmp/trace
 
 The step is the one that `crcm train` runs: its losses from the configuration, its optimiser, averages and guards, on
-any mesh (`--mesh fsdp=4`). Parts are compiled by themselves, so that their sum need not be the step's time. "Useful"
+any mesh (`--mesh=fsdp=4`). Parts are compiled by themselves, so that their sum need not be the step's time. "Useful"
 operations are counted by `bench_work`; compilation is timed apart. `--tiny` checks the program itself, anywhere.
 """
 
@@ -30,8 +30,8 @@ from crcm_jax.models.base import ITSELF, Condition, TeacherForcing
 from crcm_jax.models.wan.config import REMAT
 from crcm_jax.objectives import common
 from crcm_jax.objectives.sf_dmd import Scores, dmd_target
+from crcm_jax.parallel import axes, plan
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import plan
 from crcm_jax.parallel.rules import Layout
 from crcm_jax.recipes import Training
 from crcm_jax.recipes.options import conditions, matching
@@ -41,7 +41,7 @@ from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.step import Frozen, make_steps, nets_of
 from pallas_kernels.attention import IMPLEMENTATIONS
 
-TINY = {"dim": 32, "ffn_dim": 64, "heads": 4, "layers": 2, "freq_dim": 16}
+TINY = {"dim": 32, "ffn_dim": 64, "heads": 4, "layers": 2, "freq_dim": 16, "text_dim": 64}
 TRAINING = ("tf_scm", "sf_dmd")
 TIME = 0.7
 """At which t the parts run; work does not depend on it."""
@@ -87,22 +87,19 @@ class Run:
 
 def configuration(a: argparse.Namespace):
     """`configs/wan_shapes.py` as the command line wants it."""
-    names = {name.lower(): name for name in wan_shapes.SIZES}
-    sizes = [names[a.size], *([names[a.teacher]] if a.teacher else [])]
+    sizes = [a.size, *([a.teacher] if a.teacher else [])]
     c = wan_shapes.get_config(",".join([a.training, *sizes]))
     first, _, size = a.chunks.partition("-")
     c.chunks.update({"first": int(first), "size": int(size or first)})
-    c.data.update({"frames": 1 + (a.frames - 1) // 4, "height": a.height // 2, "width": a.width // 2})
+    c.data.update({"frames": a.frames, "height": a.height, "width": a.width})
     c.model.update({"remat": a.remat, "attention": a.attention})
     c.dmd.at_once = not a.chunkwise
     if a.tiny:
-        c.data.update({"frames": 4 if c.chunks.size > 1 else 3, "height": 32, "width": 48})
-        c.text.update({"length": 6, "dim": 64})
-        c.model.update({**TINY, "text_dim": c.text.dim})
+        c.data.update({"frames": 13 if c.chunks.size > 1 else 9, "height": 64, "width": 96})
+        c.text.length = 6
+        c.model.update(TINY)
         c.sizes = {role: {} for role in c.sizes}
-    for word in filter(None, a.mesh.split(",")):
-        axis, _, length = word.partition("=")
-        c.mesh[axis] = int(length)
+    c.mesh.update(meshes.parse(a.mesh))
     c.data.batch_size = a.batch or c.mesh.data * c.mesh.fsdp
     return c
 
@@ -309,12 +306,12 @@ def _report(row: Row, took: Timing, devices: int, ceiling: float) -> str:
 
 def _parse(arguments) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = [name.lower() for name in wan_shapes.SIZES]
+    sizes = wan_shapes.SIZES
     parser.add_argument("--training", choices=TRAINING, default=TRAINING[0])
     parser.add_argument("--size", choices=sizes, default=sizes[0])
     parser.add_argument("--teacher", choices=sizes, help="size of the teacher and of both scores [the student's]")
     parser.add_argument("--chunks", default="1-1", help="frames of the first chunk and of the others")
-    parser.add_argument("--mesh", default="", help="axes and lengths, as in data=2,context=2 [one device]")
+    parser.add_argument("--mesh", default="", help=f"{axes.HELP} [one device]")
     parser.add_argument("--batch", type=int, help="clips in a batch [data × fsdp]")
     for name, default in (("height", 480), ("width", 832), ("frames", 81), ("repeats", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)

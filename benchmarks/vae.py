@@ -15,10 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from crcm_jax.models.vae.config import CONVOLUTIONS, WanVAEConfig
+from crcm_jax.models.vae.config import CONVOLUTIONS, PUBLISHED
 from crcm_jax.models.vae.wan import WanVAE
-
-VERSIONS = {"2.1": WanVAEConfig.wan21, "2.2": WanVAEConfig.wan22}
 
 
 def random_params(vae: WanVAE):
@@ -52,7 +50,7 @@ def measure(function, *args, repeats: int) -> tuple[float, str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", choices=VERSIONS, default="2.1")
+    parser.add_argument("--version", choices=PUBLISHED, default="2.1")
     for name, default in (("height", 480), ("width", 832), ("frames", 81), ("batch", 1), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--step", type=int, default=1, help="latent frames at once within a whole clip")
@@ -63,7 +61,7 @@ def main():
     parser.add_argument("--torch", action="store_true", help="time diffusers' class for 2.1 too")
     a = parser.parse_args()
 
-    config = VERSIONS[a.version](dtype=a.dtype, step=a.step, convolution=a.convolution)
+    config = PUBLISHED[a.version](dtype=a.dtype, step=a.step, convolution=a.convolution)
     sizes = {name: max(1, int(getattr(config, name) * a.width_scale)) for name in ("encoder_dim", "decoder_dim")}
     vae = WanVAE(dataclasses.replace(config, **sizes))
     params = random_params(vae)

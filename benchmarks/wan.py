@@ -29,7 +29,7 @@ from crcm_jax.sampling import ContextRule, Few, Schedule, draw_noise, stream
 from crcm_jax.sampling.schedule import MID_TIMES
 from pallas_kernels.attention import IMPLEMENTATIONS
 
-SIZES = {"1.3b": WanConfig.t2v_1_3b, "14b": WanConfig.t2v_14b}
+SIZES = ("1.3b", "14b")
 TINY = {"dim": 32, "ffn_dim": 64, "heads": 2, "layers": 2, "freq_dim": 16, "text_dim": 16}
 
 _NOISY, _NOISY_LATER = ContextRule(True), ContextRule(True, 1)
@@ -129,7 +129,7 @@ def main():
     a = parser.parse_args()
 
     options = {"attention": a.attention, "dtype": a.dtype, "remat": "none"}
-    c = WanConfig(**TINY, **options) if a.tiny else SIZES[a.size](**options)
+    c = WanConfig(**TINY, **options) if a.tiny else WanConfig.published(a.size, **options)
     height, width = (8, 12) if a.tiny else (a.height // 8, a.width // 8)
     shape = (1, 1 + (a.frames - 1) // 4, height, width, c.in_channels)
     params = random_params(WanTransformer(c), jnp.dtype(a.dtype))

@@ -33,7 +33,7 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     # Four tokens a frame: 8×8 pixels each, 2×2 of them in the codec and 4×4 latents in a token.
     c.model = ConfigDict(
         {"dim": 192, "ffn_dim": 512, "heads": 6, "layers": 4, "in_channels": 4, "out_channels": 4, "patch": (1, 4, 4),
-         "freq_dim": 64, "text_dim": 32, "dtype": "float32", "round_time": False, "remat": "none",
+         "freq_dim": 64, "text_dim": c.text.get_ref("dim"), "dtype": "float32", "round_time": False, "remat": "none",
          "attention": placeholder(str)}
     )  # fmt: skip
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1})

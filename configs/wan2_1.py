@@ -10,10 +10,16 @@ the causal diffusion stage. `data.path` and `init` are for you to fill in; from 
 
 from ml_collections import ConfigDict
 
+from crcm_jax.models import registry
+from crcm_jax.models.wan.family import COMMON
+
 VARIANTS = ("tf", "df", "tf_dcm", "tf_scm", "sf_dmd", "sf_dmd_1step", "sf_dmd_2step", "sf_dmd_2step_noisy_ctx")
 
-T2V_1_3B = {"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30, "remat": "attention"}
-T2V_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40, "remat": "block"}
+RELEASE = registry.RELEASES["wan2.1-t2v-1.3b"]
+"""Whose codec, text and clips all sizes share."""
+
+T2V_1_3B = {**registry.size("1.3b"), "remat": "attention"}
+T2V_14B = {**registry.size("14b"), "remat": "block"}
 
 _MID = (15 / 16, 5 / 6, 5 / 8)
 ROLLOUTS = {
@@ -42,18 +48,17 @@ def get_config(variant: str = "tf_scm") -> ConfigDict:
     c.param_dtype = "bfloat16"
     c.chunks = ConfigDict({"first": int(first), "size": int(size or first), "window": 0, "sink": 0})
     c.data = ConfigDict(
-        {"name": "latents", "path": "", "batch_size": 1, "seed": 0, "frames": 81, "height": 480, "width": 832,
+        {"name": "latents", "path": "", "batch_size": 1, "seed": 0, "frames": RELEASE.frames, "height": RELEASE.height,
+         "width": RELEASE.width,
          "threads": 2, "prefetch": 4, "workers": 0,
          # of tfds
          "dataset": "", "data_dir": "~/tensorflow_datasets", "splits": {"train": "train"}, "video": "", "text": "",
          "stride": 1}
     )  # fmt: skip
-    c.codec = ConfigDict({"name": "wan_vae", "version": "2.1"})
-    c.text = ConfigDict({"name": "umt5", "weights": "", "tokenizer": "", "length": 512})
-    c.model = ConfigDict(
-        {**(T2V_14B if large else T2V_1_3B), "in_channels": 16, "out_channels": 16, "freq_dim": 256, "text_dim": 4096,
-         "dtype": "bfloat16", "round_time": True}
-    )  # fmt: skip
+    c.codec = ConfigDict(dict(RELEASE.codec))
+    c.text = ConfigDict({**RELEASE.text, "weights": "", "tokenizer": ""})
+    common = {name: COMMON[name] for name in ("in_channels", "out_channels", "freq_dim", "text_dim")}
+    c.model = ConfigDict({**(T2V_14B if large else T2V_1_3B), **common, "dtype": "bfloat16", "round_time": True})
     teacher = {} if diffusion else T2V_14B
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
     c.sizes = ConfigDict({"student": {}, "teacher": teacher, "real": teacher, "critic": teacher})

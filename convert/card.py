@@ -6,19 +6,8 @@ from typing import Any
 
 from convert.models import Model
 from convert.sources import Source
+from crcm_jax.models import registry
 from crcm_jax.recipes import RECIPES
-
-# Licences of the models' repositories: spec cosmos3 7. The Wan2.2 autoencoder's own licence file was not seen.
-_BASES = {
-    "wan2.1-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B", "apache-2.0"),
-    "wan2.1-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B", "apache-2.0"),
-    "wan2.1-i2v-14b": ("Wan-AI/Wan2.1-I2V-14B-480P", "apache-2.0"),
-    "wan2.2-i2v-a14b": ("Wan-AI/Wan2.2-I2V-A14B", "apache-2.0"),
-    "wan2.1-vae": ("Wan-AI/Wan2.1-T2V-1.3B", "apache-2.0"),
-    "wan2.2-vae": ("Wan-AI/Wan2.2-TI2V-5B", "unknown"),
-    "umt5-xxl": ("google/umt5-xxl", "apache-2.0"),
-    "clip-vit-h14": ("Wan-AI/Wan2.1-I2V-14B-480P", "apache-2.0"),
-}
 
 _HOW_TO_LOAD = {
     "wan-transformer": "diffusers.WanTransformer3DModel",
@@ -31,7 +20,8 @@ _HOW_TO_LOAD = {
 
 def text(model: Model, layout: str, source: Source, name: str) -> str:
     """The card in Markdown, with the header that model hubs read. What the source did not record is said to be so."""
-    base, licence = _BASES.get(model.name, (None, "unknown"))
+    part = registry.PARTS.get(model.name)
+    base, licence = (None, "unknown") if part is None else (part.origin, part.licence)
     config = source.meta.get("config") or {}
     training = source.meta.get("training")
     head = ["---", f"license: {licence}"]

@@ -12,8 +12,9 @@ from typing import Any
 from convert.arrays import TRANSFORMS, Spec, shape_after
 from convert.tables import clip_vision, umt5, wan_transformer, wan_vae
 from crcm_jax.errors import UsageError, UserError
+from crcm_jax.models import registry
 from crcm_jax.models.text.umt5 import UMT5Config
-from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.vae.config import PUBLISHED, WanVAEConfig
 from crcm_jax.models.vision.clip import CLIPVisionConfig
 from crcm_jax.models.wan.config import WanConfig
 
@@ -76,6 +77,12 @@ class Family:
     def passes_over(self, name: str) -> bool:
         """Whether a foreign tensor is knowingly left out: no network of the family reads it."""
         return bool(re.fullmatch(self.unused, name))
+
+    def published(self, fields: Mapping[str, Any]) -> Any:
+        """The configuration of a published model, of whose fields the registry knows those that differ."""
+        fields = dict(fields)
+        version = fields.pop("version", None)
+        return self.config(**fields) if version is None else PUBLISHED[version](**fields)
 
     @property
     def all_layouts(self) -> tuple[str, ...]:
@@ -186,8 +193,7 @@ def _vae_family(name: str, published: WanVAEConfig) -> Family:
     )  # fmt: skip
 
 
-VAE_21 = _vae_family("wan2.1-vae", WanVAEConfig.wan21())
-VAE_22 = _vae_family("wan2.2-vae", WanVAEConfig.wan22())
+VAE_21, VAE_22 = (_vae_family(f"wan{version}-vae", make()) for version, make in PUBLISHED.items())
 
 
 # The text encoder
@@ -262,16 +268,8 @@ CLIP = Family(
 
 FAMILIES = (TRANSFORMER, VAE_21, VAE_22, UMT5, CLIP)
 
-KNOWN = {
-    "wan2.1-t2v-1.3b": (TRANSFORMER, WanConfig.t2v_1_3b()),
-    "wan2.1-t2v-14b": (TRANSFORMER, WanConfig.t2v_14b()),
-    "wan2.1-i2v-14b": (TRANSFORMER, WanConfig.i2v_14b()),
-    "wan2.2-i2v-a14b": (TRANSFORMER, WanConfig.t2v_14b(in_channels=36)),
-    "wan2.1-vae": (VAE_21, WanVAEConfig.wan21()),
-    "wan2.2-vae": (VAE_22, WanVAEConfig.wan22()),
-    "umt5-xxl": (UMT5, UMT5Config.xxl()),
-    "clip-vit-h14": (CLIP, CLIPVisionConfig.vit_h14()),
-}
+KNOWN = {name: (family, family.published(part.fields)) for name, part in registry.PARTS.items() for family in FAMILIES
+         if family.name == part.kind}  # fmt: skip
 """Published models by the names that `--model` takes."""
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
+from crcm_jax import pipeline
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate import producer, report
 from crcm_jax.evaluate.run import Judge, evaluate, heldout_prompts, judge, real_clips, write_json
 from crcm_jax.evaluate.video import write_video
-from crcm_jax.sampling import Ode
 
 TEACHER = Path(__file__).with_name("assets") / "digits_teacher.safetensors"
 """The bidirectional teacher that ships with the package; its metadata holds the command and the configuration."""
@@ -136,12 +136,12 @@ def models(folder: Path) -> dict[str, tuple[str, producer.Producer]]:
     """Key in metrics.json → (title, producer) of everything that is judged."""
 
     def few(training: str, steps: int, pattern: str = PATTERNS[0]):
-        config, params, _ = producer.load(folder / name_of(training, pattern))
-        return producer.producer(config, params, producer.few_step_solver(config, (steps,), SCHEDULES[steps]))
+        model = pipeline.load(folder / name_of(training, pattern))
+        return producer.producer(model, producer.few_step_solver(model.config, (steps,), SCHEDULES[steps]))
 
-    config, params, _ = producer.load(folder / "tf")
-    solver = Ode(config.sample.ode_steps)
-    teacher = producer.producer(config, params, solver, guidance=config.sample.guidance)
+    model = pipeline.load(folder / "tf")
+    solver, guidance = model.sampler
+    teacher = producer.producer(model, solver, guidance=guidance)
     return {
         "teacher": (f"causal teacher, {solver.steps} steps", teacher),
         "tf_cm_4step": ("TF-CM student, 4 steps", few("tf_scm", 4)),

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.errors import UserError
+from crcm_jax.models import registry
 from crcm_jax.models.base import Codec, Network, TextEncoder
 from crcm_jax.models.text.embedded import Embedded
 from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder
-from crcm_jax.models.text.wan import WanTextEncoder, open_tokenizer
-from crcm_jax.models.text.words import WordEncoder
-from crcm_jax.models.vae.config import WanVAEConfig
+from crcm_jax.models.text.wan import TOKENS, WanTextEncoder, open_tokenizer
+from crcm_jax.models.text.words import WORD_WIDTH, WordEncoder
+from crcm_jax.models.vae.config import PUBLISHED
 from crcm_jax.models.vae.pixels import PixelCodec
 from crcm_jax.models.vae.wan import WanVAE
-from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.parallel.placement import Placement
 from crcm_jax.saving.weights import load_params
 
 
@@ -31,16 +32,21 @@ def chunk_pattern(config) -> ChunkPattern:
 def network(config, role: str, causal: bool, mesh: Mesh | None = None) -> Network:
     """The network of a role, over the run's chunks or bidirectional.
 
-    Roles may have another size than the student: `config.sizes.<role>` overrides `config.model`.
-    mesh: what its arrays will lie on; None is one device, whatever `config.mesh` says.
+    Roles may have another size than the student: `config.sizes.<role>` overrides `config.model`, as `registry.fields`
+    says. mesh: what its arrays will lie on; None is one device, whatever `config.mesh` says.
     """
-    sizes = {**config.model, **config.sizes.get(role, {})}
-    return WanTransformer(WanConfig(**_tuples(sizes)), chunk_pattern(config) if causal else None, Placement(mesh))
+    family, fields = registry.fields(config.model, config.sizes.get(role, {}))
+    return family.network(fields, chunk_pattern(config) if causal else None, mesh)
 
 
 def codec(config) -> Codec:
     """Pixels ↔ latents."""
-    return _named("codec", config.codec, {"pixels": PixelCodec, "wan_vae": _wan_vae})
+    return codec_of(config.codec)
+
+
+def codec_of(section: Mapping[str, Any]) -> Codec:
+    """The codec of a `config.codec`."""
+    return _named("codec", section, {"pixels": PixelCodec, "wan_vae": _wan_vae})
 
 
 def latent_shape(config) -> tuple[int, int, int, int]:
@@ -50,29 +56,41 @@ def latent_shape(config) -> tuple[int, int, int, int]:
 
 def prompt_shape(config) -> dict[str, tuple[int, ...]]:
     """The shapes of a prompt's leaves, without the batch."""
-    return {"text": (config.text.length, config.model.text_dim)}
+    family, fields = registry.fields(config.model)
+    return family.prompt_shape(fields, config.text.length)
 
 
 def text_encoder(config) -> TextEncoder:
-    """Prompts → a condition's prompt."""
-    return Embedded(_named("text", config.text, {"words": WordEncoder, "umt5": _umt5}))
+    """Prompts → a condition's prompt; weights, where it has some, are read."""
+    return text_encoder_of(config.text)
+
+
+def text_encoder_of(section: Mapping[str, Any]) -> TextEncoder:
+    """The text encoder of a `config.text`."""
+    return Embedded(_named("text", section, {"words": WordEncoder, "umt5": _umt5}))
+
+
+def text_width(section: Mapping[str, Any]) -> int:
+    """Channels of what the text encoder of a `config.text` gives, without reading it."""
+    return section.get("dim") or {"umt5": UMT5Config.xxl().dim}.get(section["name"], WORD_WIDTH)
 
 
 def _wan_vae(version: str = "2.1", **options) -> Codec:
-    known = {"2.1": WanVAEConfig.wan21, "2.2": WanVAEConfig.wan22}
-    if version not in known:
-        raise UserError(f"codec.version {version!r} is not one of {', '.join(known)}")
-    return WanVAE(known[version](**options))
+    if version not in PUBLISHED:
+        raise UserError(f"codec.version {version!r} is not one of {', '.join(PUBLISHED)}")
+    return WanVAE(PUBLISHED[version](**options))
 
 
-def _umt5(weights: str, tokenizer: str, **options) -> WanTextEncoder:
+def _umt5(
+    weights: str = "", tokenizer: str = "", length: int = TOKENS, batch: int = 4, fix_unicode: bool = True, **sizes
+) -> WanTextEncoder:
     for key, path in (("weights", weights), ("tokenizer", tokenizer)):
         if not path:
             raise UserError(f"--config.text.{key} is missing: see docs/weights.md for how to bring UMT5 in")
-    encoder, reader = UMT5Encoder(UMT5Config.xxl()), open_tokenizer(tokenizer)
+    encoder, reader = UMT5Encoder(UMT5Config.xxl(**sizes)), open_tokenizer(tokenizer)
     expect = jax.eval_shape(encoder.init, jax.random.key(0))
     params = load_params(weights, expect=expect, dtype=encoder.config.dtype)
-    return WanTextEncoder(encoder, params, reader, **options)
+    return WanTextEncoder(encoder, params, reader, length=length, batch=batch, fix_unicode=fix_unicode)
 
 
 def _named(section: str, config, known: dict):

@@ -10,16 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from crcm_jax import pipeline
 from crcm_jax.data import video_files
 from crcm_jax.data.build import Job, Made
 from crcm_jax.data.example import Example
 from crcm_jax.models.base import Condition
-from crcm_jax.models.bound import Bound
-from crcm_jax.models.wan import library
-from crcm_jax.models.wan.prompt import prompt
-from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel.placement import Placement
 from crcm_jax.sampling import denoise_whole, teacher_times
 
 STORED = ml_dtypes.bfloat16
@@ -32,13 +28,13 @@ class _Maker:
     parts: tuple[str, ...]
 
     def __init__(self, model: str, weights: Path, *, frames: int, height: int, width: int, per_device: int = 1):
-        library.check(weights, self.parts)
         devices = jax.local_devices()
         self.mesh = meshes.over((len(devices), 1, 1, 1), devices)
         self.batch = per_device * len(devices)
         self.frames, self.height, self.width = frames, height, width
-        self.release = library.release(model)
-        self.encoder = library.load_text_encoder(self.release, weights)
+        self.model = pipeline.load(model, weights=weights, mesh=self.mesh).streaming(None)
+        self.model.require(*self.parts)
+        self.encoder = self.model.text_encoder()
 
     def _cut(self, rows: np.ndarray):
         """Rows on the devices; those that a full batch lacks repeat the last, so that one program serves all."""
@@ -59,8 +55,7 @@ class FromVideos(_Maker):
     def __init__(self, model: str, weights: Path, *, fps: float, **shape):
         super().__init__(model, weights, **shape)
         self.fps = fps
-        vae, params = library.load_vae(self.release, weights)
-        self.vae, self.params = vae, meshes.everywhere(params, self.mesh)
+        self.vae, self.params = self.model.codec, self.model.codec_params
 
     def prepare(self, jobs: Sequence[Job]) -> list[np.ndarray | str]:
         shape = {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
@@ -73,7 +68,7 @@ class FromVideos(_Maker):
             video = self._cut(np.stack([prepared[i] for i in good])).astype(jnp.float32) / 127.5 - 1
             kept = [jobs[i] for i in good]
             text = self.encoder([job.prompt for job in kept])
-            for i, example in zip(good, self._examples(kept, self.vae.encode(self.params, video), text)):
+            for i, example in zip(good, self._examples(kept, self.vae.encode(self.params, video), text["text"])):
                 made[i] = example
         return made
 
@@ -88,12 +83,11 @@ class FromTeacher(_Maker):
         seed: int, negative: str, **shape,
     ):  # fmt: skip
         super().__init__(model, weights, **shape)
-        self.shape = library.latent_shape(self.release, self.frames, self.height, self.width)
+        self.shape = self.model.latent_shape(self.frames, self.height, self.width)
         self.times, self.seed = teacher_times(steps, shift, sigma_max), seed
         self.options = {"times": self.times, "guidance": guidance, "solver": solver}
-        self.uncond = Condition(prompt(meshes.everywhere(self.encoder([negative]), self.mesh)))
-        network = WanTransformer(self.release.transformer, None, Placement(self.mesh))
-        self.model = Bound(network, meshes.everywhere(library.load_transformer(network, weights), self.mesh))
+        self.uncond = Condition(meshes.everywhere(self.encoder([negative]), self.mesh))
+        self.network = self.model.bound
 
     def prepare(self, jobs: Sequence[Job]) -> np.ndarray:
         return np.stack(
@@ -102,8 +96,8 @@ class FromTeacher(_Maker):
 
     def make(self, jobs: Sequence[Job], prepared: np.ndarray) -> list[Made]:
         text = self.encoder([job.prompt for job in jobs])
-        cond, noise = Condition(prompt(self._cut(text))), self._cut(prepared)
-        for latents in denoise_whole(self.model, cond, noise, uncond=self.uncond, **self.options):
+        cond, noise = Condition(jax.tree.map(self._cut, text)), self._cut(prepared)
+        for latents in denoise_whole(self.network, cond, noise, uncond=self.uncond, **self.options):
             # Waits for each step, so that it can be stopped between two.
             latents.block_until_ready()
-        return self._examples(jobs, latents, text)
+        return self._examples(jobs, latents, text["text"])

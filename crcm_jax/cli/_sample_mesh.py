@@ -25,7 +25,10 @@ def choose(text: str | None, prompts: int, heads: int, weights: int) -> Mesh | N
     `ROOM` of a device are cut as well. UsageError for a mesh that cannot be.
     """
     devices = jax.local_devices()
-    shape = _asked(text) if text else _usual(len(devices), prompts, heads, _fits(devices[0], weights))
+    if text:
+        shape = {**dict.fromkeys(meshes.AXES, 1), **meshes.parse(text)}
+    else:
+        shape = _usual(len(devices), prompts, heads, _fits(devices[0], weights))
     size = math.prod(shape.values())
     if size > len(devices):
         raise UsageError(f"--mesh={text} needs {size} devices and there are {len(devices)}")
@@ -40,13 +43,6 @@ def choose(text: str | None, prompts: int, heads: int, weights: int) -> Mesh | N
     if size == 1:
         return None
     return meshes.over(tuple(shape.values()), devices[:size])
-
-
-def _asked(text: str) -> dict[str, int]:
-    parts = [part.partition("=") for part in text.split(",")]
-    if not all(number.isdecimal() for _, _, number in parts) or len({name for name, *_ in parts}) < len(parts):
-        raise UsageError(f"--mesh={text} is not like data=2,context=4")
-    return dict(zip(meshes.AXES, meshes.sizes({"mesh": {name: int(number) for name, _, number in parts}})))
 
 
 def _usual(devices: int, prompts: int, heads: int, fits: bool) -> dict[str, int]:

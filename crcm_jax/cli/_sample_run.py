@@ -75,7 +75,7 @@ def _stream(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarr
         for _, pixels in zip(range(max(source.solver.context.start, image is not None) + 2), run()):
             jax.block_until_ready(pixels)
     parts, latency, began = [], None, time.perf_counter()
-    with tqdm(total=source.frames, unit="frame", desc="streaming") as bar:
+    with tqdm(total=source.clip.frames, unit="frame", desc="streaming") as bar:
         for pixels in run():
             parts.append(np.asarray(pixels))
             latency = latency or time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""How `crcm sample` makes its clips: what its options ask for, held against what the weights say of themselves.
+"""How `crcm sample` and `crcm evaluate` make clips: what their options ask for, held against what the weights record.
 
 Weights trained here, or converted from such, record their training type and configuration; published ones record
 nothing, and what they are has to be said: causal ones stream, bidirectional ones (`--sampler`) make a clip at once.
@@ -61,7 +61,7 @@ def choose(
 
 def _whole(options: argparse.Namespace, config: Mapping[str, Any]) -> tuple[Whole, float]:
     for name in STREAMING:
-        if getattr(options, name):
+        if getattr(options, name, None):
             raise UsageError(
                 f"--{name.replace('_', '-')} is for streaming, and a bidirectional model makes a clip at once"
             )

@@ -1,7 +1,4 @@
-"""What `crcm sample` can sample: a run's checkpoint, or a published model from a folder of weights.
-
-Both become a `Source`, which is all that sampling itself looks at.
-"""
+"""What `crcm sample` makes clips of: a model, its prompts and its image, with every encoder used and let go of."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,120 +14,98 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from crcm_jax import parts, recipes
+from crcm_jax import pipeline
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.cli import _sample_solver as solvers
 from crcm_jax.cli._sample_mesh import batch, choose
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.evaluate import producer
+from crcm_jax.models import registry
 from crcm_jax.models.base import Codec, Condition, Params
 from crcm_jax.models.bound import Bound
-from crcm_jax.models.vision import clip
-from crcm_jax.models.wan import library
+from crcm_jax.models.vision import clip as vision
 from crcm_jax.models.wan.image import condition_latents, size_of
-from crcm_jax.models.wan.prompt import EXTRA, prompt
-from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.parallel.mesh import everywhere
-from crcm_jax.parallel.placement import Placement
-from crcm_jax.parallel.rules import Layout
+from crcm_jax.models.wan.prompt import EXTRA
+from crcm_jax.pipeline import Clip, Model
 from crcm_jax.sampling import Solver, Whole
-from crcm_jax.saving.weights import load_meta
-
-SIZE = (832, 480)
-"""Width and height of a published model's clip; with an image, its proportions at this area."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Everything that makes clips but their noise.
 
-    cond: one row a prompt; uncond: one row. image: latents of a given first frame `[1, 1, …]`, or None.
-    frames, height, width: of a clip, in pixels. batch: prompts that are sampled at once; together: whether all prompts
-    go to one file, one above the other. mesh: what the parameters lie on. seconds: what reading took, by part.
+    loaded: the model, with its chunks and its mesh. cond: one row a prompt; uncond: one row. image: latents of a given
+    first frame `[1, 1, …]`, or None. batch: prompts that are sampled at once; together: whether all prompts go to one
+    file, one above the other. seconds: what reading took, by part.
     """
 
-    model: Bound
-    codec: Codec
-    codec_params: Params
+    loaded: Model
+    clip: Clip
     cond: Condition
     uncond: Condition
     image: jax.Array | None
     solver: Solver | Whole
     guidance: float
-    frames: int
-    height: int
-    width: int
-    fps: float
     batch: int
     together: bool
-    mesh: Mesh | None
     seconds: dict[str, float]
+
+    @property
+    def model(self) -> Bound:
+        return self.loaded.bound
+
+    @property
+    def codec(self) -> Codec:
+        return self.loaded.codec
+
+    @property
+    def codec_params(self) -> Params:
+        return self.loaded.codec_params
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """What the parameters lie on."""
+        return self.loaded.mesh
 
     @property
     def chunks(self) -> ChunkPattern | None:
         """The model's own; None of a bidirectional one."""
-        return self.model.network.chunks
+        return self.loaded.chunks
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Of one clip."""
-        return self.codec.latent_shape(self.frames, self.height, self.width)
+        return self.loaded.latent_shape(self.clip.frames, self.clip.height, self.clip.width)
 
 
-def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
-    """A run's own model. UserError for a bad checkpoint or schedule, and a model whose codec has weights of its own."""
-    if ((load_meta(options.checkpoint).get("config") or {}).get("codec") or {}).get("name") == "wan_vae":
-        raise UserError(
-            f"{options.checkpoint} is a Wan transformer alone: write it with crcm convert --layout=ours as "
-            "transformer.safetensors beside the VAE and the text encoder, and use --model and --weights"
-        )
-    config, params, meta = producer.load(options.checkpoint, options.which, causal=False)
-    solver, guidance = solvers.choose(options, {**meta, "training": config.training, "config": config})
-    network = recipes.student(config)
-    said = solvers.describe(solver, guidance, {"training": config.training}, whole=network.chunks is None)
-    print(f"crcm: {said}", file=sys.stderr)
-    picture = _picture(options.image, network.chunks)
-    codec, data = parts.codec(config), config.data
-    codec_params = codec.init(jax.random.key(0))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    mesh = choose(options.mesh, len(prompts), network.heads[1], weights)
-    network = recipes.student(config, mesh)
-    if mesh is not None:
-        params = jax.device_put(params, Layout(mesh, network.rules).shardings(params))
-    image = None
-    if picture is not None:
-        image = codec.encode(codec_params, _pixels(picture, data.width, data.height, config.codec.get("channels", 1)))
-    text, cut = parts.text_encoder(config), batch(mesh)
+def prepare(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
+    """A model with everything read. Text and image encoder are read, used and freed before anything else is read.
 
-    def condition(prompts: Sequence[str]) -> Condition:
-        return Condition(jax.tree.map(jnp.asarray, text(prompts)))
-
-    return Source(
-        Bound(network, params), codec, codec_params, condition(prompts), condition([options.negative or ""]), image,
-        solver, guidance, data.frames, data.height, data.width, options.fps or 8.0, -(-len(prompts) // cut) * cut, True,
-        mesh, {},
-    )  # fmt: skip
-
-
-def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
-    """A published model. Text and image encoder are read, used and freed before anything else is read."""
-    found, folder = library.release(options.model), Path(options.weights)
-    meta = library.recorded(folder)
-    solver, guidance = solvers.choose(options, meta, whole=found.image is not None)
-    whole = solvers.whole(options, meta) or found.image is not None
-    chunks = None if whole else _chunks(options, meta)
-    if found.image is not None and not options.image:
-        raise UsageError(f"--model={options.model} needs --image=FILE, the clip's first frame")
-    if found.image is None and options.crop_image:
+    UserError, one sentence, for weights that are missing or do not fit, and for options that the model cannot follow,
+    before anything large is read.
+    """
+    if options.model:
+        registry.release(options.model)
+    model = pipeline.load(options.model or options.checkpoint, weights=options.weights, which=options.which)
+    sees = model.image is not None
+    solver, guidance = solvers.choose(options, model.meta, whole=sees)
+    if options.model:
+        model = model.streaming(None if solvers.whole(options, model.meta) or sees else _chunks(options, model))
+    elif model.recipe is None:
+        # Converted weights of a published model say as little as its folder does.
+        model = model.streaming(None if solvers.whole(options, model.meta) or sees else ChunkPattern(1, 1))
+    if sees and not options.image:
+        raise UsageError(f"--model={model.name} needs --image=FILE, the clip's first frame")
+    if not sees and options.crop_image:
         raise UsageError("--crop-image belongs to image-to-video models, which see their image through CLIP")
-    picture = _picture(options.image, chunks, found.image is not None)
-    frames, (width, height) = options.frames or 81, options.size or _size(found, picture)
-    _check_shape(found, frames, height, width, chunks)
-    shapes = jax.tree.leaves(library.transformer_shapes(WanTransformer(found.transformer, chunks)))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
-    mesh = choose(options.mesh, len(prompts), found.transformer.heads, weights)
-    network = WanTransformer(found.transformer, chunks, Placement(mesh))
-    library.check(folder, found.files)
-    print(f"crcm: {options.model}, {solvers.describe(solver, guidance, meta, whole=whole)}", file=sys.stderr)
+    picture = _picture(options.image, model.chunks, sees)
+    clip = _clip(options, model, picture)
+    model.latent_shape(clip.frames, clip.height, clip.width)
+    mesh = choose(options.mesh, len(prompts), model.network.heads[1], model.nbytes)
+    model = model.on(mesh)
+    model.require()
+    whole = model.chunks is None
+    print(f"crcm: {model.name}, {solvers.describe(solver, guidance, model.meta, whole=whole)}", file=sys.stderr)
+    if model.recipe is not None and (odd := model.recipe.mismatch(solver)):
+        print(f"crcm: warning: {odd}", file=sys.stderr)
     seconds: dict[str, float] = {}
 
     def timed(part: str, function, *args):
@@ -140,50 +114,56 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
         seconds[part] = time.perf_counter() - began
         return result
 
-    encoder = timed("reading the text encoder", library.load_text_encoder, found, folder)
+    encoder = timed("reading the text encoder", model.text_encoder)
     texts = timed("text", encoder, [*prompts, options.negative or ""])
     del encoder
-    seen = None
-    if found.image is not None:
-        seen = timed("reading and using the image encoder", _seen, found, folder, picture, options.crop_image)
-    vae, vae_params = timed("reading the VAE", library.load_vae, found, folder)
-    image = latents = None
+    seen = image = extra = None
+    if sees:
+        seen = timed("reading and using the image encoder", _seen, model, picture, options.crop_image)
+    params = timed("reading the VAE", lambda: model.codec_params)
     if picture is not None:
-        pixels = _pixels(picture, width, height)
-        if found.image is None:
-            image = timed("first frame", vae.encode, vae_params, pixels)
+        pixels = _pixels(picture, clip.width, clip.height, clip.channels)
+        if sees:
+            extra = timed("first frame", condition_latents, model.codec, params, pixels, clip.frames)
         else:
-            latents = timed("first frame", condition_latents, vae, vae_params, pixels, frames)
-    params = timed("reading the transformer", library.load_transformer, network, folder)
+            image = timed("first frame", model.codec.encode, params, pixels)
+    timed("reading the transformer", lambda: model.bound.params)
 
-    def condition(rows: np.ndarray) -> Condition:
+    def condition(rows: slice) -> Condition:
         def spread(leaf):
-            return None if leaf is None else jnp.broadcast_to(leaf, (len(rows), *leaf.shape[1:]))
+            return jnp.broadcast_to(leaf, (len(jax.tree.leaves(tree)[0]), *leaf.shape[1:]))
 
-        frames = {} if latents is None else {EXTRA: spread(latents)}
-        return Condition(prompt(jnp.asarray(rows), spread(seen)), frames)
+        tree = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), texts)
+        told = tree if seen is None else {**tree, "image": spread(seen)}
+        return Condition(told, {} if extra is None else {EXTRA: spread(extra)})
 
+    # Clips of a few pixels are looked at together.
+    together, cut = "vae" not in model.parts, batch(mesh)
+    at_once = -(-len(prompts) // cut) * cut if together else cut
     return Source(
-        Bound(network, params), vae, everywhere(vae_params, mesh), condition(texts[:-1]), condition(texts[-1:]), image,
-        solver, guidance, frames, height, width, options.fps or 16.0, batch(mesh), False, mesh, seconds,
+        model, clip, condition(slice(0, -1)), condition(slice(-1, None)), image, solver, guidance, at_once, together,
+        {} if together else seconds,
     )  # fmt: skip
 
 
-def _chunks(options: argparse.Namespace, meta: dict[str, Any]) -> ChunkPattern:
+def _chunks(options: argparse.Namespace, model: Model) -> ChunkPattern:
     """Those asked for, or those that the weights were trained with, or frame by frame."""
     if options.chunks:
         return ChunkPattern(*options.chunks)
-    return ChunkPattern(**{"first": 1, "size": 1, **((meta.get("config") or {}).get("chunks") or {})})
+    recorded = (model.meta.get("config") or {}).get("chunks") or {}
+    return ChunkPattern(**{"first": 1, "size": 1, **recorded})
 
 
-def _check_shape(found: library.Release, frames: int, height: int, width: int, chunks: ChunkPattern | None) -> None:
-    """UserError where frames, sides or chunks do not divide."""
-    latents = library.latent_shape(found, frames, height, width)
-    try:
-        if chunks is not None:
-            chunks.count(latents[0])
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def _clip(options: argparse.Namespace, model: Model, picture: Any) -> Clip:
+    """The clip that is asked for: the model's own where nothing else is said, with the proportions of the image that a
+    published model is given, at its own area."""
+    own = model.clip
+    width, height = options.size or (own.width, own.height)
+    if picture is not None and options.model and not options.size:
+        width, height = size_of(*picture.size, own.width * own.height, model.side)
+    return dataclasses.replace(
+        own, frames=options.frames or own.frames, width=width, height=height, fps=options.fps or own.fps
+    )
 
 
 def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):
@@ -208,13 +188,6 @@ def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _size(found: library.Release, picture) -> tuple[int, int]:
-    """Width and height of a clip that are not given: the usual ones, or the image's proportions at their area."""
-    if picture is None:
-        return SIZE
-    return size_of(*picture.size, SIZE[0] * SIZE[1], found.vae.stride[1] * found.transformer.patch[1])
-
-
 def _pixels(picture, width: int, height: int, channels: int = 3) -> jax.Array:
     """An image as a clip of one frame, `[1, 1, height, width, channel]` in [−1, 1]."""
     from PIL import Image
@@ -224,7 +197,7 @@ def _pixels(picture, width: int, height: int, channels: int = 3) -> jax.Array:
     return jnp.asarray(pixels.reshape(1, 1, height, width, channels) / 127.5 - 1)
 
 
-def _seen(found: library.Release, folder: Path, picture, crop: bool) -> jax.Array:
+def _seen(model: Model, picture, crop: bool) -> jax.Array:
     """The image's CLIP tokens `[1, token, channel]`."""
-    encoder, params = library.load_image_encoder(found, folder)
-    return encoder(params, clip.preprocess(np.asarray(picture), encoder.config, crop=crop))
+    encoder, params = model.image_encoder()
+    return encoder(params, vision.preprocess(np.asarray(picture), encoder.config, crop=crop))

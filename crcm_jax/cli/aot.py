@@ -7,12 +7,13 @@ import os
 
 from crcm_jax.cli import train
 from crcm_jax.errors import UsageError, UserError, blame_config
+from crcm_jax.parallel.axes import HELP as axes_help
 
 HELP = "compile the train step for a TPU slice, or cut it up for GPUs, on any machine, and say what it needs"
 EXAMPLE = "crcm aot --config=configs/wan2_1.py:tf,14b --topology=v5p:2x4x4 --config.mesh.fsdp=4 --config.mesh.context=8"
 
-_USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--config.KEY=VALUE …]
-                [--trace] [--no-code] [--row]
+_USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--mesh=AXES]
+                [--config.KEY=VALUE …] [--trace] [--no-code] [--row]
 
 {HELP[0].upper()}{HELP[1:]}.
 Nothing runs and no weights are needed.
@@ -20,7 +21,8 @@ Nothing runs and no weights are needed.
   --config     a Python file with get_config(variant)
   --topology   v5e:4x4, v5p:2x2x1, v6e:16x16, tpu7x:2x2x1, …: the generation and the chips along each side; compiled by
                the libtpu wheel. h200:8, h100:8x4: GPUs in a machine, and machines; the program is cut up, not compiled
-  --config.mesh.{{data,fsdp,context,tensor}}   how the devices are used; the product is their number
+  --mesh       {axes_help}; the product is the number of devices
+               (or --config.mesh.data=2 …)
   --trace      stop before the compiler, which takes minutes: weights and work are known by then
   --no-code    for TPUs: stop before machine code is generated, which takes most of the time. Memory, but for the
                program's own, and collectives are settled by then
@@ -59,7 +61,7 @@ def parse(argv: list[str]):
     Mesh axes can be set in configurations that have no mesh of their own.
     """
     topology, name, axes, rest = None, "", {}, []
-    for word in argv:
+    for word in train.with_mesh(argv):
         key, _, value = word.partition("=")
         if key == "--topology":
             topology = value

@@ -7,6 +7,7 @@ import sys
 
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
+from crcm_jax.models import registry
 
 HELP = "bring PyTorch weights in, or hand weights back to PyTorch, bit for bit"
 EXAMPLE = "crcm convert --from=Wan2.1-T2V-1.3B --to=weights/wan2.1-t2v-1.3b.safetensors --layout=ours"
@@ -27,8 +28,8 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--from", dest="source", required=True, metavar="PATH", help="a file, a folder, or a run's workdir")
     add("--to", metavar="PATH", help="a new .safetensors, .pth or .pt file; for diffusers a new folder")
-    add("--layout", choices=("native", "diffusers", "rcm", "ours"), help="how to name and shape what is written")
-    add("--model", metavar="NAME", help="insist on a published model, such as wan2.1-t2v-1.3b or wan2.1-vae")
+    add("--layout", choices=registry.LAYOUTS, help="how to name and shape what is written")
+    add("--model", metavar="NAME", help=f"insist on a published model: {', '.join(registry.PARTS)}")
     add("--which", choices=("ema", "params", "critic"), help="of several sets of weights [the average if there is one]")
     add("--heads", type=int, help="attention heads, for sizes that are not published ones")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="round to this type [as the source has it]")

@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crcm_jax.cli import _solver_options
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError, UserError
+from crcm_jax.models import registry
 
 if TYPE_CHECKING:
     from crcm_jax.data.build import Job
 
 HELP = "make latents to train on from videos or prompts; check and convert sets of them"
 EXAMPLE = "crcm data build --videos=clips --weights=weights/wan2.1-t2v-1.3b --out=latents"
+
+_FOR_VIDEOS, _FOR_PROMPTS = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"
+"""Models that are taken where none is named."""
 
 _EXAMPLES = {
     "build": (
@@ -77,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--videos", metavar="PATH", help="a folder of videos, or a .jsonl or .csv list of them")
     source.add_argument("--prompts", metavar="FILE", help="prompts to sample a bidirectional teacher from")
     add = p.add_argument
-    add("--model", help="a published model [wan2.1-t2v-1.3b for videos, wan2.1-t2v-14b for prompts]")
+    known = ", ".join(registry.RELEASES)
+    add("--model", help=f"one of {known} [{_FOR_VIDEOS} for videos, {_FOR_PROMPTS} for prompts]")
     add("--weights", metavar="DIR", required=True, help="a folder that crcm convert has written, with its tokenizer")
     add("--out", metavar="DIR", required=True, help="folder of the set")
     add("--format", choices=("tar", "array_record"), default="tar", help="of the shards [%(default)s]")
@@ -91,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     videos.add_argument("--clips", type=int, default=1, help="at most so many consecutive clips a video [%(default)s]")
     teacher = p.add_argument_group("from prompts")
     teacher.add_argument("--steps", type=int, default=100, help="of the sampler [%(default)s]")
-    teacher.add_argument("--solver", choices=("euler", "unipc"), default="euler", help="[%(default)s]")
+    _solver_options.add_sampler(teacher.add_argument, dest="solver", default="euler", help="[%(default)s]")
     teacher.add_argument("--shift", type=float, default=3.0, help="of the times [%(default)s]")
     teacher.add_argument("--sigma-max", type=float, default=5000.0, help="noise over signal at the start [%(default)s]")
     teacher.add_argument("--guidance", type=float, default=5.0, help="[%(default)s]")
@@ -109,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip-damaged", action="store_true", help="leave damaged examples out [stop at the first]")
 
     p = command("embed")
-    p.add_argument("--model", default="wan2.1-t2v-1.3b", help="whose text encoder [%(default)s]")
+    p.add_argument("--model", default=_FOR_VIDEOS, help="whose text encoder [%(default)s]")
     p.add_argument("--weights", metavar="DIR", required=True, help="a folder that crcm convert has written")
     text = p.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text")
@@ -168,16 +174,18 @@ def _build(options: argparse.Namespace) -> int:
     for name in ("shard_size", "frames", "batch", "clips", "steps", "fps"):
         if getattr(options, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')}={getattr(options, name)}: use a positive number")
-    options.model = options.model or ("wan2.1-t2v-14b" if options.prompts else "wan2.1-t2v-1.3b")
+    options.model = options.model or (_FOR_PROMPTS if options.prompts else _FOR_VIDEOS)
+    registry.release(options.model)
 
     jobs, (width, height) = _jobs(options), options.size
 
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
+    from crcm_jax import pipeline
     from crcm_jax.cli import _data_makers as makers
     from crcm_jax.data.build import build
-    from crcm_jax.models.wan import library
 
-    shape = library.latent_shape(library.release(options.model), options.frames, height, width)
+    model = pipeline.load(options.model, weights=options.weights).streaming(None)
+    shape = model.latent_shape(options.frames, height, width)
     settings = _settings(options, jobs, shape)
     shape = {"frames": options.frames, "height": height, "width": width, "per_device": options.batch}
 
@@ -219,13 +227,13 @@ def _embed(options: argparse.Namespace) -> int:
         raise UsageError(f"--out={out}: the file must end in .pt")
     prompt = options.prompt if options.prompt_file is None else _read(options.prompt_file).strip()
 
+    registry.release(options.model)
+
+    from crcm_jax import pipeline
     from crcm_jax.cli._data_makers import STORED
     from crcm_jax.data import tensor_file
-    from crcm_jax.models.wan import library
 
-    found, weights = library.release(options.model), Path(options.weights)
-    library.check(weights, ("text_encoder",))
-    embedding = library.load_text_encoder(found, weights)([prompt])[0]
+    embedding = pipeline.load(options.model, weights=options.weights).text_encoder()([prompt])["text"][0]
     draft = out.with_name(f".{out.name}.tmp")
     draft.write_bytes(tensor_file.dumps(embedding.astype(STORED)))
     os.replace(draft, out)

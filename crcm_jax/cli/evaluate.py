@@ -5,32 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 
+from crcm_jax.cli import _solver_options
 from crcm_jax.cli._parser import Parser
-from crcm_jax.errors import UsageError
+from crcm_jax.errors import UsageError, UserError
 
 HELP = "judge a checkpoint on held-out prompts: digits, motion, Fréchet distances, diversity"
 EXAMPLE = "crcm evaluate --checkpoint=out/sf_dmd --steps=4,2 --out=out/metrics.json"
-
-
-def _numbers(kind):
-    def parse(text: str):
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 4,2") from None
-
-    return parse
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `crcm evaluate`."""
     p = Parser("crcm evaluate", description=f"{HELP}.", epilog=f"for example: {EXAMPLE}", allow_abbrev=False)
     p.add_argument("--checkpoint", required=True, help="a run's workdir, a checkpoint folder or a .safetensors file")
-    solver = p.add_mutually_exclusive_group(required=True)
-    solver.add_argument("--steps", type=_numbers(int), help="a student's steps for each chunk, the last for all others")
-    solver.add_argument("--ode", type=int, metavar="N", help="a diffusion model's Euler steps")
-    p.add_argument("--mid", type=_numbers(float), help="times between 1 and 0 where a student stops [the run's own]")
-    p.add_argument("--guidance", type=float, default=1.0, help="guidance of a diffusion model [%(default)s]")
+    _solver_options.add(p, required=True, guidance=1.0)
     p.add_argument("--clips", type=int, default=200, help="clips to judge [%(default)s]")
     p.add_argument("--seeds", type=int, default=2, help="noises for each prompt [%(default)s]")
     p.add_argument("--batch", type=int, default=50, help="clips made together [%(default)s]")
@@ -42,8 +29,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Evaluates and writes JSON; returns 0. UserError, one sentence, for what is wrong with the input."""
     options = parser().parse_args(argv)
-    if options.mid and not options.steps:
-        raise UsageError("--mid belongs to --steps: a diffusion model's times follow from --ode")
+    _solver_options.check(options)
     for name in ("clips", "seeds", "batch", "ode"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UsageError(f"--{name}={getattr(options, name)}: use at least 1")
@@ -51,25 +37,32 @@ def main(argv: list[str]) -> int:
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
     from tqdm import tqdm
 
-    from crcm_jax import recipes
+    from crcm_jax import pipeline
+    from crcm_jax.cli import _sample_solver
     from crcm_jax.evaluate import producer, run
     from crcm_jax.sampling import Ode, Whole
 
-    config, params, meta = producer.load(options.checkpoint, options.which, causal=options.ode is None)
-    if options.steps:
-        solver = producer.few_step_solver(config, options.steps, options.mid)
-        made = dict(steps=list(options.steps), mid=[list(row) for row in solver.schedule.mid])
-    else:
+    model = pipeline.load(options.checkpoint, which=options.which)
+    if model.recipe is None:
+        raise UserError(f"{options.checkpoint} does not say how it was trained: give a run's workdir or checkpoint")
+    if model.chunks is None and options.ode:
         ode = Ode(options.ode)
-        solver = ode if recipes.of(config).causal else Whole("euler", ode.steps, ode.shift, ode.sigma_max)
-        made = dict(ode=options.ode)
-    produce = producer.producer(config, params, solver, guidance=options.guidance)
+        solver, guidance = Whole("euler", ode.steps, options.shift or ode.shift, ode.sigma_max), options.guidance
+    else:
+        solver, guidance = _sample_solver.choose(options, model.meta)
+    if odd := model.recipe.mismatch(solver):
+        print(f"crcm: warning: {odd}", file=sys.stderr)
+    if solver.distilled:
+        made = dict(steps=list(solver.schedule.steps), mid=[list(row) for row in solver.schedule.mid])
+    else:
+        made = dict(ode=solver.steps) | (dict(sampler=solver.solver) if model.chunks is None else {})
+    produce = producer.producer(model, solver, guidance=guidance)
     print("crcm: training the judge on real digits", file=sys.stderr)
-    judge = run.judge(config, clips=options.clips, seeds=options.seeds)
+    judge = run.judge(model.config, clips=options.clips, seeds=options.seeds)
     with tqdm(total=options.clips, unit="clip", desc="judging") as bar:
         scores = run.evaluate(produce, judge, batch=options.batch, progress=lambda done, _: bar.update(done - bar.n))
-    known = dict(training=meta.get("training"), iteration=meta.get("iteration"), weights=options.which)
-    run.write_json(options.out, dict(**known, **made, guidance=options.guidance, seeds=options.seeds, **scores))
+    known = dict(training=model.meta.get("training"), iteration=model.meta.get("iteration"), weights=options.which)
+    run.write_json(options.out, dict(**known, **made, guidance=guidance, seeds=options.seeds, **scores))
     for name, value in scores.items():
         print(f"{name:>20}  {value:.4g}" if isinstance(value, float) else f"{name:>20}  {value}")
     print(f"written to {options.out}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 
+from crcm_jax.cli import _solver_options
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
+from crcm_jax.models import registry
+from crcm_jax.parallel import axes
 
 HELP = "make videos with a checkpoint or Wan's weights, streamed or at once: mp4, GIF or a PNG of frames"
 EXAMPLE = 'crcm sample --checkpoint=out/demo/sf_dmd --prompt="a three moves up and left" --steps=2 --out=out/three.gif'
@@ -32,16 +34,6 @@ for example:
   crcm sample --model=wan2.1-i2v-14b --weights=weights/i2v --image=cat.png --prompt="the cat looks up" --out=clip.mp4"""
 
 
-def _list(kind, separator=",", example="4,2"):
-    def parse(text: str):
-        try:
-            return tuple(kind(part) for part in text.split(separator) if part)
-        except (ValueError, ZeroDivisionError, argparse.ArgumentTypeError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as {example}") from None
-
-    return parse
-
-
 def _pair(separator: str, example: str):
     def parse(text: str):
         numbers = text.split(separator)
@@ -50,11 +42,6 @@ def _pair(separator: str, example: str):
         return int(numbers[0]), int(numbers[1])
 
     return parse
-
-
-def _times(text: str) -> tuple[tuple[float, ...], ...]:
-    row = _list(lambda number: float(Fraction(number.strip())), example="15/16,5/6,5/8;5/6")
-    return tuple(row(part) for part in text.split(";"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,12 +53,19 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--checkpoint", help="a run's workdir, a checkpoint folder or a .safetensors file")
     add("--which", choices=("ema", "params"), default="ema", help="its averaged or live weights [%(default)s]")
-    add("--model", help="or a published model: wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.1-i2v-14b")
+    add("--model", help=f"or a published model: {', '.join(registry.RELEASES)}")
     add(
-        "--weights", metavar="DIR", help="its transformer, vae, text_encoder (and image_encoder).safetensors, tokenizer"
+        "--weights",
+        metavar="DIR",
+        help="its transformer, vae, text_encoder (and image_encoder).safetensors, tokenizer; or what a Wan checkpoint "
+        "lacks of them",
     )
-    add("--size", type=_pair("x", "832x480"), help="width x height of its clip [832x480, or an image's at that area]")
-    add("--frames", type=int, help="frames of its clip [81]")
+    add(
+        "--size",
+        type=_pair("x", "832x480"),
+        help="width x height of a published model's clip [its own, or an image's at that area]",
+    )
+    add("--frames", type=int, help="frames of its clip [its own]")
     add("--chunks", type=_pair("-", "1-1"), help="latent frames of the first and of later chunks [as trained, 1-1]")
     add("--prompt", action="append", help="what to show; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
@@ -79,24 +73,8 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-file", metavar="FILE", help="a text file with it")
     add("--image", metavar="FILE", help="the first frame (causal models, and image-to-video ones)")
     add("--crop-image", action="store_true", help="CLIP sees its middle, as in diffusers, not all of it squeezed")
-    add("--sampler", choices=("unipc", "euler"), help="make the whole clip at once, with a bidirectional model [unipc]")
-    solver = p.add_mutually_exclusive_group()
-    solver.add_argument(
-        "--steps",
-        type=_list(int),
-        help="steps of each chunk, the last for all later ones; or of the whole clip [as trained, 4 or 50]",
-    )
-    solver.add_argument("--ode", type=int, metavar="N", help="Euler steps of a causal diffusion model [50]")
-    add("--mid", type=_times, help="times between 1 and 0 where a student stops; chunks apart by ';' [as trained]")
-    add("--noisy-context", action="store_true", help="later chunks see the last denoising pass, not a clean one")
-    add("--context-start", type=int, metavar="CHUNK", help="from this chunk on [as trained, 1]")
-    add("--guidance", type=float, help="guidance of a diffusion model [as trained, 3; with --sampler 5]")
-    add("--shift", type=float, help="time shift of a diffusion model [3; with --sampler 5]")
-    add(
-        "--mesh",
-        metavar="AXES",
-        help="devices by axis: data, fsdp (prompts), context, tensor, such as data=2,context=4",
-    )
+    _solver_options.add(p)
+    add("--mesh", metavar="AXES", help=f"{axes.HELP}; prompts are cut over the first two [all devices]")
     add("--seed", type=int, default=0, help="seed of the first clip's noise; clip i takes seed + i [%(default)s]")
     add("--fps", type=float, help="frames per second of the file [8, Wan's 16]")
     add("--out", default="clip.gif", help=".mp4, .gif, .apng, or .png for the frames [%(default)s]")
@@ -117,11 +95,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(f"give --checkpoint or --model, one of the two, for example: {EXAMPLE}")
     if options.model and not options.weights:
         raise UsageError(f"--model={options.model} needs --weights=DIR, a folder that crcm convert has written")
-    for name in ("weights", "size", "frames", "chunks", "crop_image"):
+    for name in ("size", "frames", "chunks", "crop_image"):
         if options.checkpoint and getattr(options, name):
             raise UsageError(f"--{name.replace('_', '-')} belongs to --model: a run's checkpoint has its own")
-    if options.mid and not options.steps:
-        raise UsageError("--mid belongs to --steps: a diffusion model's times follow from --ode")
+    _solver_options.check(options)
     if options.negative_file:
         options.negative = " ".join(_lines("--negative", options.negative_file))
     prompts = [*(options.prompt or []), *(_lines("prompt", options.prompts) if options.prompts else [])]
@@ -144,7 +121,7 @@ def main(argv: list[str]) -> int:
     out = Path(options.out)
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out={options.out}: the file must end in {', '.join(SUFFIXES)}")
-    source = (sources.from_release if options.model else sources.from_checkpoint)(options, prompts)
+    source = sources.prepare(options, prompts)
     for part, seconds in source.seconds.items():
         print(f"{part}: {seconds:.1f} s", file=sys.stderr)
     for clips, batch in videos(source, options.seed):
@@ -154,6 +131,6 @@ def main(argv: list[str]) -> int:
             files, batch = [out], [np.concatenate(list(batch), axis=1)]
         for file, video in zip(files, batch):
             began = time.perf_counter()
-            write_video(file, video, options.fps or source.fps)
+            write_video(file, video, source.clip.fps)
             print(f"{file}: {video.shape[0]} frames, written in {time.perf_counter() - began:.1f} s")
     return 0

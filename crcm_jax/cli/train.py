@@ -14,18 +14,20 @@ from ml_collections import ConfigDict, config_flags
 
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
+from crcm_jax.parallel import axes
 from crcm_jax.parallel.witness import Witness
 
 HELP = "train a model in a workdir, or go on where it stopped"
 EXAMPLE = "crcm train --config=configs/digits.py:tf_scm --workdir=out/tf_scm --config.optim.lr=1e-4"
 
-_USAGE = f"""usage: crcm train --config=FILE.py[:VARIANT] --workdir=FOLDER [--config.KEY=VALUE …]
+_USAGE = f"""usage: crcm train --config=FILE.py[:VARIANT] --workdir=FOLDER [--mesh=AXES] [--config.KEY=VALUE …]
 
 {HELP[0].upper()}{HELP[1:]}. Any key of the configuration can be set, --config.optim.lr=1e-4.
 SIGTERM or Ctrl-C saves and exits; the same command goes on from there.
 
   --config    a Python file with get_config(variant); a variant of configs/digits.py is a training type
   --workdir   folder of the run: checkpoints, metrics.jsonl, TensorBoard, samples
+  --mesh      {axes.HELP} (or --config.mesh.data=2 …)
 
 As one of several processes (docs/launch.md), which must share the workdir; the same command on each, but for --process:
 
@@ -40,6 +42,7 @@ for example:
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
     """(locked configuration, workdir) of a command line; UsageError, one sentence, for what is wrong with it."""
+    argv = with_mesh(argv)
     # The plain configuration first: what it lacks can then be told from what is wrong with a value.
     plain = _parse([word for word in argv if not word.startswith("--config.")], argv).config
     for word in argv:
@@ -51,6 +54,15 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
     if "://" in values.workdir:
         raise UsageError(f"--workdir={values.workdir} is no folder: mount the bucket and name a folder in it")
     return values.config, Path(values.workdir)
+
+
+def with_mesh(argv: list[str]) -> list[str]:
+    """The words with `--mesh=data=2` as `--config.mesh.data=2`; UsageError for what is no mesh."""
+    words: list[str] = []
+    for word in argv:
+        given = axes.parse(word.removeprefix("--mesh=")) if word.startswith("--mesh=") else None
+        words += [word] if given is None else [f"--config.mesh.{name}={length}" for name, length in given.items()]
+    return words
 
 
 def _parse(words: list[str], argv: list[str]) -> flags.FlagValues:

@@ -18,6 +18,7 @@ from crcm_jax.data.latents import LatentSource
 from crcm_jax.data.skipping import Skipping
 from crcm_jax.data.tfds_source import TfdsSource
 from crcm_jax.errors import UserError
+from crcm_jax.models import registry
 from crcm_jax.models.base import Codec, Params, TextEncoder
 
 SOURCES: dict[str, Callable[[Any, str], Any]] = {"digits": DigitsSource, "tfds": TfdsSource, "latents": LatentSource}
@@ -83,7 +84,8 @@ def make(
     shape = codec.latent_shape(data.frames, data.height, data.width)
     fingerprint = None
     if isinstance(source, LatentSource):
-        source.require(shape, (config.text.length, config.model.text_dim))
+        family, fields = registry.fields(config.model)
+        source.require(shape, family.prompt_shape(fields, config.text.length)["text"])
         source, batch_fn, fingerprint = Skipping(source), _stack, source.fingerprint()
     else:
         batch_fn = _Encode(codec, codec_params, text_encoder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crcm_jax import recipes
+from crcm_jax import pipeline
 from crcm_jax.evaluate import producer
 from crcm_jax.evaluate.run import heldout_prompts
 from crcm_jax.evaluate.video import write_video
@@ -24,8 +24,7 @@ def training_clips(config) -> Callable[[Params, int, Path], None] | None:
     prompts = heldout_prompts(config, config.sample.prompts)
 
     def write(params: Params, iteration: int, folder: Path) -> None:
-        solver, guidance = recipes.own_sampler(config)
-        videos = producer.producer(config, params, solver, guidance=guidance)(prompts, range(len(prompts)))
+        videos = producer.producer(pipeline.of_run(config, params))(prompts, range(len(prompts)))
         stacked = np.concatenate(list(videos), axis=1)
         for suffix in ("gif", "png"):
             write_video(folder / f"{iteration:07d}.{suffix}", stacked, scale=4)

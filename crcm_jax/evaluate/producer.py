@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crcm_jax import parts, recipes
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate.run import Producer
-from crcm_jax.models.base import Condition, Params
-from crcm_jax.models.bound import Bound
+from crcm_jax.models.base import Condition
+from crcm_jax.pipeline import Model
 from crcm_jax.recipes.options import rollout_plan
 from crcm_jax.sampling import Few, Noise, Schedule, Solver, Whole, generate, generate_whole
-from crcm_jax.saving.weights import load_meta, load_params
-
-
-def load(checkpoint: str | Path, which: str = "ema", causal: bool = True) -> tuple[ConfigDict, Params, dict[str, Any]]:
-    """(configuration, weights, what is known of its run) of a model's checkpoint.
-
-    `which`: "ema" or "params". UserError if it is missing, damaged, of another architecture than it says, of the
-    bidirectional stage although it must be `causal`, or says nothing of its configuration.
-    """
-    meta = load_meta(checkpoint)
-    if not meta.get("config"):
-        raise UserError(f"{checkpoint} does not say how it was configured: give a run's workdir or checkpoint")
-    config = ConfigDict(meta["config"])
-    if causal and not recipes.of(config).causal:
-        raise UserError(f"{checkpoint} is bidirectional and cannot stream: give a causal model trained from it")
-    expect = jax.eval_shape(recipes.student(config).init, jax.random.key(0))
-    dtype = jnp.dtype(config.get("param_dtype", "float32"))
-    return config, load_params(checkpoint, which, expect=expect, dtype=dtype), meta
 
 
 def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[float] | None = None) -> Few:
@@ -51,32 +30,38 @@ def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[floa
         raise UserError(str(error)) from error
 
 
-def producer(config: ConfigDict, params: Params, solver: Solver | Whole, *, guidance: float = 1.0) -> Producer:
+def producer(model: Model, solver: Solver | Whole | None = None, *, guidance: float | None = None) -> Producer:
     """The producer of a model: chunk by chunk if it is causal, the whole clip at once if it is bidirectional.
 
-    A seed is all of a clip's randomness: models given one share their noise. `guidance` above 1 mixes in the empty
-    prompt's velocity, for diffusion models. Videos are clipped to [−1, 1]. UserError for few steps of a bidirectional
-    model.
+    solver, guidance: by default those that the model's recipe means it for; guidance above 1 mixes in the empty
+    prompt's velocity, for diffusion models. A seed is all of a clip's randomness: models given one share their noise.
+    Videos are clipped to [−1, 1]. UserError for few steps of a bidirectional model, and for a model that records no
+    sampler and is given none.
     """
-    model = Bound(recipes.student(config), params)
-    codec, text_encoder, latents = parts.codec(config), parts.text_encoder(config), parts.latent_shape(config)
+    if solver is None:
+        if model.sampler is None:
+            raise UserError(f"{model.name} does not say how it samples: give a solver")
+        solver, usual = model.sampler
+        guidance = usual if guidance is None else guidance
+    whole = model.chunks is None
+    if whole and solver.distilled:
+        raise UserError("a bidirectional model is not distilled: sample it with many steps, --ode=N")
+    text_encoder, latents = model.text_encoder(), model.latent_shape()
 
     def condition(prompts: Sequence[str]) -> Condition:
         return Condition(jax.tree.map(jnp.asarray, text_encoder(prompts)))
 
-    shared = {"uncond": condition([""]), "guidance": guidance}
-    whole = model.network.chunks is None
-    if whole and solver.distilled:
-        raise UserError("a bidirectional model is not distilled: sample it with many steps, --ode=N")
-    decode = jax.jit(lambda latents: jnp.clip(codec.decode(codec.init(jax.random.key(0)), latents), -1, 1))
+    bound, codec_params = model.bound, model.codec_params
+    shared = {"uncond": condition([""]), "guidance": 1.0 if guidance is None else guidance}
+    decode = jax.jit(lambda params, latents: jnp.clip(model.codec.decode(params, latents), -1, 1))
 
     def produce(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         cond, noise = condition(prompts), clip_noise(seeds, latents, 0 if whole else solver.draws)
         if whole:
-            clips = generate_whole(model, cond, noise.initial, times=solver.times, solver=solver.solver, **shared)
+            clips = generate_whole(bound, cond, noise.initial, times=solver.times, solver=solver.solver, **shared)
         else:
-            clips = generate(model, cond, shape=noise.initial.shape, solver=solver, noise=noise, **shared)
-        return np.asarray(decode(clips))
+            clips = generate(bound, cond, shape=noise.initial.shape, solver=solver, noise=noise, **shared)
+        return np.asarray(decode(codec_params, clips))
 
     return produce
 

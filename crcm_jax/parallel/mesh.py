@@ -12,10 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from crcm_jax.errors import UsageError
 from crcm_jax.parallel import placement
+from crcm_jax.parallel.axes import AXES, check, parse
 
-AXES = ("data", "fsdp", "context", "tensor")
-"""data: samples. fsdp: samples, and every large array cut up. context: the tokens of each frame. tensor: heads and
-feed-forward width."""
+__all__ = ["AXES", "describe", "everywhere", "make", "over", "parse", "samples", "sizes", "whole"]
 
 
 def sizes(config) -> tuple[int, int, int, int]:
@@ -24,11 +23,7 @@ def sizes(config) -> tuple[int, int, int, int]:
     UsageError if `config.mesh` names anything else, or a length is not a positive integer.
     """
     section = dict(config.get("mesh") or {})
-    for name, value in section.items():
-        if name not in AXES:
-            raise UsageError(f"mesh.{name} is no axis: use {', '.join(AXES)}")
-        if not isinstance(value, int) or value < 1:
-            raise UsageError(f"mesh.{name}={value!r} must be a positive integer")
+    check(section)
     return tuple(section.get(name, 1) for name in AXES)
 
 
@@ -75,8 +70,9 @@ def _check(config, shape: dict[str, int]) -> None:
     if shape["context"] * shape["tensor"] == 1:
         return
     for role in ("student", *config.get("sizes", {})):
-        model = {**config.model, **config.get("sizes", {}).get(role, {})}
-        if lack := placement.indivisible(shape, model["heads"]):
+        # A published size says its heads itself: then the network is the one that refuses the mesh.
+        heads = {**config.model, **config.get("sizes", {}).get(role, {})}.get("heads")
+        if heads and (lack := placement.indivisible(shape, heads)):
             raise UsageError(f"{lack} of the {role}: use a divisor")
 
 

@@ -134,6 +134,16 @@ class Recipe:
         """Whether its result streams."""
         return self.roles["student"].causal
 
+    def mismatch(self, sampler: Solver | Whole) -> str | None:
+        """One sentence where its result is not made for `sampler`: a student along an ODE, a diffusion model in few
+        steps; None where the two belong together."""
+        if sampler.distilled == self.distills:
+            return None
+        made = f"this model was trained as {self.name}"
+        if self.distills:
+            return f"{made}, to jump in few steps, and is no diffusion model: along an ODE it is off; use --steps"
+        return f"{made}, a diffusion model, of which few steps make a blur: use --ode"
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from crcm_jax.models.base import Params
+from crcm_jax.models.published import PARTS
 from crcm_jax.models.wan.layers import RmsNorm, gelu
 
 
@@ -49,8 +50,7 @@ class UMT5Config:
 
     @classmethod
     def xxl(cls, **changes) -> UMT5Config:
-        sizes = {"vocabulary": 256_384, "dim": 4096, "heads": 64, "head_dim": 64, "ffn_dim": 10_240, "layers": 24}
-        return cls(**{**sizes, **changes})
+        return cls(**{**PARTS["umt5-xxl"].fields, **changes})
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:

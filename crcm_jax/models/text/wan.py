@@ -16,9 +16,7 @@ import numpy as np
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Params
 from crcm_jax.models.text.umt5 import UMT5Encoder
-
-MAX_TOKENS = 512
-"""Tokens that Wan's transformers look at, the end-of-sequence token included."""
+from crcm_jax.models.wan.family import TOKENS
 
 
 def _optional(name: str):
@@ -45,7 +43,7 @@ class Tokenizer:
     def __init__(self, encode: Callable[[str], Sequence[int]], *, end: int, pad: int):
         self._encode, self.end, self.pad = encode, end, pad
 
-    def __call__(self, prompts: Sequence[str], length: int = MAX_TOKENS) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, prompts: Sequence[str], length: int = TOKENS) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, mask bool), both `[batch, length]`; the mask is True for the prompt's own tokens and its end."""
         ids = np.full((len(prompts), length), self.pad, np.int32)
         mask = np.zeros(ids.shape, bool)
@@ -105,7 +103,7 @@ class WanTextEncoder:
         params: Params,
         tokenizer: Tokenizer,
         *,
-        length: int = MAX_TOKENS,
+        length: int = TOKENS,
         batch: int = 4,
         fix_unicode: bool = True,
     ):

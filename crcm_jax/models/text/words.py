@@ -14,6 +14,9 @@ DIGITS_VOCABULARY = (
 )
 """Every word of the moving digits' prompts. Their order fixes their vectors, so new words go at the end."""
 
+WORD_WIDTH = 32
+"""Channels of a word, where nothing else is said."""
+
 _CACHED_PROMPTS = 10_000  # all that one and two digits can say, and some ten megabytes
 
 
@@ -26,7 +29,7 @@ class WordEncoder:
     unconditional one.
     """
 
-    def __init__(self, length: int = 12, dim: int = 32, vocabulary: Sequence[str] = DIGITS_VOCABULARY):
+    def __init__(self, length: int = 12, dim: int = WORD_WIDTH, vocabulary: Sequence[str] = DIGITS_VOCABULARY):
         self.vocabulary = tuple(vocabulary)
         self.length, self.dim = length, dim
         vectors = _orthogonal_rows(len(self.vocabulary) + length, dim) / np.sqrt(2)

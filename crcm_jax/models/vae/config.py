@@ -85,3 +85,7 @@ class WanVAEConfig:
         """48 channels, 4×16×16: Wan2.2-TI2V-5B and Cosmos 3."""
         base = {"channels": 48, "encoder_dim": 160, "decoder_dim": 256, "mean": _MEAN_22, "std": _STD_22}
         return cls(**{**base, "patch": 2, "residual": True, **changes})
+
+
+PUBLISHED = {"2.1": WanVAEConfig.wan21, "2.2": WanVAEConfig.wan22}
+"""By version, as `codec.version` names it."""

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from crcm_jax.models.base import Params
+from crcm_jax.models.published import PARTS
 from crcm_jax.models.wan.layers import LayerNorm, Linear, Mlp
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -56,7 +57,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def vit_h14(cls, **changes) -> CLIPVisionConfig:
-        return cls(**{"dim": 1280, "ffn_dim": 5120, "heads": 16, "layers": 32, "projection": 1024, **changes})
+        return cls(**{**PARTS["clip-vit-h14"].fields, **changes})
 
 
 class Attention(nnx.Module):

@@ -1,4 +1,4 @@
-"""Sizes of the Wan transformer family (spec wan21 1.1)."""
+"""The configuration of a Wan transformer (spec wan21 1.1); the published sizes stand in `models/wan/family.py`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from crcm_jax.models import registry
 from crcm_jax.models.core.remat import REMAT
+from crcm_jax.models.wan.family import COMMON
 from pallas_kernels.attention import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """A Wan transformer. `WanConfig.t2v_1_3b()` and friends give the published sizes.
+    """A Wan transformer. `WanConfig.published("1.3b")` and its kind are of the published sizes.
 
     text_dim, image_dim: channels of the text and image embeddings; image_dim None for text-to-video.
     dtype: compute dtype; norms, modulation, time and head run in at least float32.
@@ -26,11 +28,11 @@ class WanConfig:
     ffn_dim: int
     heads: int
     layers: int
-    in_channels: int = 16
-    out_channels: int = 16
-    patch: tuple[int, int, int] = (1, 2, 2)
-    freq_dim: int = 256
-    text_dim: int = 4096
+    in_channels: int = COMMON["in_channels"]
+    out_channels: int = COMMON["out_channels"]
+    patch: tuple[int, int, int] = COMMON["patch"]
+    freq_dim: int = COMMON["freq_dim"]
+    text_dim: int = COMMON["text_dim"]
     image_dim: int | None = None
     eps: float = 1e-6
     dtype: str = "bfloat16"
@@ -56,13 +58,18 @@ class WanConfig:
         return self.dim // self.heads
 
     @classmethod
+    def published(cls, size: str, **changes) -> WanConfig:
+        """Of a published size; UserError for an unknown one."""
+        return cls(**{**registry.size(size, "wan"), **changes})
+
+    @classmethod
     def t2v_1_3b(cls, **changes) -> WanConfig:
-        return cls(**{"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30, **changes})
+        return cls.published("1.3b", **changes)
 
     @classmethod
     def t2v_14b(cls, **changes) -> WanConfig:
-        return cls(**{"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40, **changes})
+        return cls.published("14b", **changes)
 
     @classmethod
     def i2v_14b(cls, **changes) -> WanConfig:
-        return cls.t2v_14b(**{"in_channels": 36, "image_dim": 1280, **changes})
+        return cls.published("i2v-14b", **changes)
