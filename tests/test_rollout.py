@@ -1,5 +1,6 @@
 """Self-forcing: what each chunk is generated from, what is cached of it, and that replaying is differentiating."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,55 +8,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from nets import Memory
 
-from crcm_jax import compiler, flow
+from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
-from crcm_jax.objectives.sf_dmd import Scores, sf_dmd, sf_dmd_replayed
-from crcm_jax.parallel import rules
+from crcm_jax.models.bound import Bound
+from crcm_jax.objectives.sf_dmd import Matching, Scores, sf_dmd, sf_dmd_replayed
 from crcm_jax.parallel.mesh import AXES
 from crcm_jax.parallel.placement import Placement
+from crcm_jax.parallel.rules import Layout, leaf_name
 from crcm_jax.sampling.rollout import frozen_rollout, over_chunks, rollout
-from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.schedule import MID_TIMES, ContextRule, RolloutPlan, Schedule
 
 FRAMES, SINGLE = 5, ChunkPattern(1, 1)
 SHAPE = (2, FRAMES, 1, 1, 3)
-TWO_STEP = {"steps": (4, 2), "times": (MID_TIMES, (5 / 6,))}
-
-
-class Memory:
-    """A network whose cache is what it was given: frames and times. v = a·x + b·t + c·(mean of earlier frames)."""
-
-    def __init__(self, chunks):
-        self.chunks = chunks
-
-    def init_cache(self, batch, latent_shape, dtype=None):
-        return {"x": jnp.zeros((batch, *SHAPE[1:])), "t": jnp.full((batch, FRAMES), -1.0)}
-
-    def velocity(self, params, x, t, cond, *, cache, chunk):
-        earlier = jnp.arange(FRAMES) < self.chunks.start(chunk)
-        past = jnp.sum(cache["x"] * flow.expand(earlier[None], x), 1, keepdims=True) / FRAMES
-        return params["a"] * x + params["b"] * flow.expand(t, x) + params["c"] * past
-
-    def append(self, params, x, t, cond, cache, *, chunk):
-        new = {"x": x, "t": jnp.broadcast_to(t, x.shape[:2])}
-        start = self.chunks.start(chunk)
-        return {n: jax.lax.dynamic_update_slice_in_dim(cache[n], new[n].astype(cache[n].dtype), start, 1) for n in new}
+TWO_STEP = Schedule((4, 2), (MID_TIMES, (5 / 6,)))
+LATER = ContextRule(noisy=True, start=1)
 
 
 PARAMS = {"a": jnp.asarray(0.7), "b": jnp.asarray(-0.3), "c": jnp.asarray(0.5)}
 
 
 def run(plan, steps, chunks=SINGLE, params=PARAMS, seed=0):
-    return rollout(
-        Memory(chunks), params, Condition(text=jnp.zeros((2, 1, 1))), jax.random.key(seed), plan, steps, SHAPE, chunks
-    )
+    model, cond = Bound(Memory(chunks, SHAPE), params), Condition({"text": jnp.zeros((2, 1, 1))})
+    done = rollout(model, cond, jax.random.key(seed), plan, steps, SHAPE)
+    return done._replace(cache=done.cache[0])
 
 
 def test_exit_times_of_a_truncated_schedule():
     """Per-chunk steps [4, 2, 2, 2, 2]: min(N, m_b) steps, the last listed time is where x0 is read off:
     spec causal_rcm 11."""
-    plan = StepPlan(**TWO_STEP)
+    plan = RolloutPlan(TWO_STEP)
     expected = {
         1: [1, 1, 1, 1, 1],
         2: [15 / 16, 5 / 6, 5 / 6, 5 / 6, 5 / 6],
@@ -66,20 +50,20 @@ def test_exit_times_of_a_truncated_schedule():
     for steps, times in expected.items():
         np.testing.assert_allclose(jitted(steps), times, rtol=1e-7)  # float32 times
     for counter, steps in ((0, 1), (3, 4), (4, 1)):
-        assert plan.simulated_steps(counter) == steps
+        assert plan.exit.steps(plan.schedule, counter, None) == steps
     uneven = run(plan, 4, ChunkPattern(1, 4)).times
     np.testing.assert_allclose(uneven, [5 / 8, 5 / 6, 5 / 6, 5 / 6, 5 / 6], rtol=1e-7)
 
 
 def test_the_last_step_makes_the_sample():
     """samples = inputs − t·v(inputs, t; cache), and each input is (1−t)·x0 of the step before plus t·noise."""
-    done = run(StepPlan(), 2)
+    done = run(RolloutPlan(), 2)
     past = np.cumsum(np.concatenate([np.zeros((2, 1, 1, 1, 3)), done.cache["x"][:, :-1]], 1), 1) / FRAMES
     t = np.asarray(done.times)[None, :, None, None, None]
     v = 0.7 * done.inputs - 0.3 * t + 0.5 * past
     np.testing.assert_allclose(done.samples, done.inputs - t * v, atol=1e-6)
     # One step starts from unit noise at t = 1 exactly; the second re-noises its prediction with fresh noise.
-    first = run(StepPlan(), 1)
+    first = run(RolloutPlan(), 1)
     assert (np.asarray(first.times) == 1).all()
     fresh = (np.asarray(done.inputs)[:, 0] - (1 - 15 / 16) * np.asarray(first.samples)[:, 0]) / (15 / 16)
     assert not np.allclose(fresh, first.inputs[:, 0])
@@ -89,12 +73,12 @@ def test_the_last_step_makes_the_sample():
 
 def test_a_seed_does_not_depend_on_the_chunk_pattern():
     """Noises are full clips, cut by frame (spec causal_rcm 10.30)."""
-    np.testing.assert_array_equal(run(StepPlan(), 1).inputs, run(StepPlan(), 1, ChunkPattern(1, 2)).inputs)
+    np.testing.assert_array_equal(run(RolloutPlan(), 1).inputs, run(RolloutPlan(), 1, ChunkPattern(1, 2)).inputs)
 
 
 def test_context_is_clean_by_default():
     """Case a: x0 at t = 0."""
-    done = run(StepPlan(), 3)
+    done = run(RolloutPlan(), 3)
     np.testing.assert_array_equal(done.cache["x"], done.samples)
     np.testing.assert_array_equal(done.cache["t"], np.zeros((2, FRAMES)))
 
@@ -102,7 +86,7 @@ def test_context_is_clean_by_default():
 def test_noisy_context(usual):
     """Case b, the full schedule: the last step's own input and time. Case c, a truncated one: x0 noised afresh to the
     last time of the chunk's full schedule. Chunks before the start stay clean."""
-    plan = StepPlan(**TWO_STEP, noisy_context=True, context_start=1)
+    plan = RolloutPlan(TWO_STEP, LATER)
     last = np.float32([0, 5 / 6, 5 / 6, 5 / 6, 5 / 6])
     exact = jax.jit(functools.partial(run, plan), static_argnums=0, compiler_options=usual)
     full = exact(4)
@@ -117,7 +101,7 @@ def test_noisy_context(usual):
     assert 0.6 < noise.std() < 1.4, "unit noise, 24 draws"
     assert abs(np.corrcoef(noise.ravel(), np.asarray(short.inputs)[:, 1:].ravel())[0, 1]) < 0.6, "and fresh"
     # A chunk with a single step has an empty schedule: it is cached as it came in, at t = 1.
-    single = run(StepPlan((4, 1), (MID_TIMES, ()), noisy_context=True), 4)
+    single = run(RolloutPlan(Schedule((4, 1), (MID_TIMES, ())), ContextRule(noisy=True)), 4)
     np.testing.assert_array_equal(single.cache["t"][0], np.float32([5 / 8, 1, 1, 1, 1]))
 
 
@@ -125,9 +109,9 @@ def test_only_last_steps_are_differentiable():
     """The gradient of Σ samples by hand: per chunk −t·Σ(∂v/∂params), with inputs and cache held fixed."""
 
     def total(params):
-        return jnp.sum(run(StepPlan(), 3, params=params).samples)
+        return jnp.sum(run(RolloutPlan(), 3, params=params).samples)
 
-    done, grads = run(StepPlan(), 3), jax.grad(total)(PARAMS)
+    done, grads = run(RolloutPlan(), 3), jax.grad(total)(PARAMS)
     t = np.asarray(done.times)[None, :, None, None, None]
     past = np.cumsum(np.concatenate([np.zeros((2, 1, 1, 1, 3)), done.cache["x"][:, :-1]], 1), 1) / FRAMES
     expected = {"a": -t * done.inputs, "b": -t * t * np.ones(SHAPE), "c": -t * past}
@@ -149,21 +133,22 @@ def test_over_chunks_visits_every_frame_once():
 
 def test_replaying_is_differentiating(x64, monkeypatch):
     """Loss and every parameter's gradient, for one step and the full schedule, with unequal weights of the samples; all
-    at once, also from a rollout with layers apart, as on GPUs."""
-    plan = StepPlan(**TWO_STEP, noisy_context=True, context_start=1)
+    at once, also from a rollout with layers unrolled, as on GPUs."""
+    plan = RolloutPlan(TWO_STEP, LATER)
     pattern = ChunkPattern(1, 2)
     student, score = tiny.wan(pattern, "float64", layers=1), tiny.wan(None, "float64", layers=1)
     params, real, fake = (tiny.parameters(n, s, np.float64) for n, s in ((student, 0), (score, 1), (score, 2)))
     batch = {"latents": tiny.latents(3, 2, 3, np.float64)}
     cond, uncond = tiny.condition(dtype=np.float64), tiny.condition(8, dtype=np.float64)
-    options = {"uncond": uncond, "plan": plan, "chunks": pattern, "guidance": 3.0, "scale": 0.7}
-    options["scores"] = Scores(score, real, score, fake)
+    matching = Matching(plan, guidance=3.0, scale=0.7)
+    options = {"scores": Scores(Bound(score, real), Bound(score, fake), uncond)}
     weights, key = jnp.array([0.3, 1.7]), jax.random.key(5)
 
     @tiny.jit
     def direct(params, updates):
         def loss(params):
-            losses, metrics = sf_dmd(student, params, batch, cond, key, updates=updates, **options)
+            model = Bound(student, params)
+            losses, metrics = sf_dmd(model, batch, cond, key, updates=updates, matching=matching, **options)
             return jnp.sum(weights * losses), (losses, metrics)
 
         grads, aux = jax.grad(loss, has_aux=True)(params)
@@ -171,12 +156,12 @@ def test_replaying_is_differentiating(x64, monkeypatch):
 
     @functools.partial(tiny.jit, static_argnums=2)
     def replayed(params, updates, at_once):
-        arguments = options | {"updates": updates, "at_once": at_once}
-        return sf_dmd_replayed(student, params, batch, cond, key, weights, **arguments)
+        arguments = options | {"updates": updates, "matching": dataclasses.replace(matching, at_once=at_once)}
+        return sf_dmd_replayed(Bound(student, params), batch, cond, key, weights, **arguments)
 
     norms = []
     for updates, at_once in ((0, False), (3, False), (3, True)):
-        monkeypatch.setattr(compiler, "layers_apart", lambda at_once=at_once: at_once)
+        monkeypatch.setattr(compiler, "unrolls_layers", lambda at_once=at_once: at_once)
         (losses, metrics), grads = direct(params, updates)
         (other, _), others = replayed(params, updates, at_once)
         np.testing.assert_allclose(losses, other, rtol=1e-12)
@@ -193,25 +178,25 @@ def test_replaying_is_differentiating(x64, monkeypatch):
     assert norms[0] != norms[1]
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_rollout_gathers_every_matrix_once(apart, monkeypatch):
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_a_rollout_gathers_every_matrix_once(unrolled, monkeypatch):
     """Counted in the program, where a loop's body stands once."""
-    monkeypatch.setattr(compiler, "layers_apart", lambda: apart)
+    monkeypatch.setattr(compiler, "unrolls_layers", lambda: unrolled)
     mesh, pattern = jax.sharding.AbstractMesh((1, 2, 1, 1), AXES), ChunkPattern(1, 1)
     network = tiny.wan(pattern, placement=Placement(mesh))
     params = tiny.parameters(network)
 
     def gathers(once):
         def samples(params):
-            arguments = tiny.condition(), jax.random.key(0), StepPlan(), 2, (2, 3, 4, 6, 3), pattern
-            return frozen_rollout(network, params, *arguments, gather_once=once).samples
+            arguments = tiny.condition(), jax.random.key(0), RolloutPlan(), 2, (2, 3, 4, 6, 3)
+            return frozen_rollout(Bound(network, params), *arguments, gather_once=once).samples
 
         return str(jax.make_jaxpr(samples)(params)).count("linear_call[")
 
     def cut(tree):
         names = jax.tree_util.tree_leaves_with_path({tree: params[tree]})
-        name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-        return sum("fsdp" in rules.spec(name(path), leaf.shape, mesh)[0] for path, leaf in names)
+        layout = Layout(mesh, network.rules)
+        return sum("fsdp" in layout.spec(leaf_name(path), leaf.shape)[0] for path, leaf in names)
 
-    layers = network.config.layers if apart else 1
+    layers = network.config.layers if unrolled else 1
     assert gathers(True) == cut("outside") + layers * cut("blocks") < gathers(False)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crcm_jax.sampling import schedule
-from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.schedule import MID_TIMES, ContextRule, Cycle, Schedule
 
 
 def test_few_step_times():
@@ -32,12 +32,12 @@ def test_multi_step_times():
         (lambda: schedule.few_step(3, (0.5, 0.6)), "must decrease strictly"),
         (lambda: schedule.few_step(2, (0.0,)), "must decrease strictly"),
         (lambda: schedule.decreasing((1.5, 0.0)), "must decrease strictly"),
-        (lambda: StepPlan(steps=(2, 4)), "never increase"),
-        (lambda: StepPlan(steps=()), "at least 1"),
-        (lambda: StepPlan(steps=(2, 0)), "at least 1"),
-        (lambda: StepPlan(steps=(4,), times=((0.9,),)), "4 steps need 3"),
-        (lambda: StepPlan(steps=(4, 2), times=(MID_TIMES, ())), "2 steps need 1"),
-        (lambda: StepPlan(steps=(3,), times=((0.5, 0.9),)), "must decrease strictly"),
+        (lambda: Schedule(steps=(2, 4)), "never increase"),
+        (lambda: Schedule(steps=()), "at least 1"),
+        (lambda: Schedule(steps=(2, 0)), "at least 1"),
+        (lambda: Schedule((4,), ((0.9,),)), "4 steps need 3"),
+        (lambda: Schedule((4, 2), (MID_TIMES, ())), "2 steps need 1"),
+        (lambda: Schedule((3,), ((0.5, 0.9),)), "must decrease strictly"),
     ],
 )
 def test_impossible_schedules_are_refused(call, message):
@@ -45,25 +45,25 @@ def test_impossible_schedules_are_refused(call, message):
         call()
 
 
-def test_plans_of_the_recipes():
+def test_schedules_of_the_recipes():
     """The training presets of spec causal_rcm 6.1; the last entry serves all later chunks."""
-    two = StepPlan((4, 2), (MID_TIMES, (5 / 6,)))
-    assert two.schedule(0) == (1.0, 15 / 16, 5 / 6, 5 / 8)
-    assert two.schedule(1) == two.schedule(9) == (1.0, 5 / 6)
-    assert two.context_times(3) == (5 / 8, 5 / 6, 5 / 6)
+    two = Schedule((4, 2), (MID_TIMES, (5 / 6,)))
+    assert two.times(0) == (1.0, 15 / 16, 5 / 6, 5 / 8)
+    assert two.times(1) == two.times(9) == (1.0, 5 / 6)
+    assert ContextRule().times(two, 3) == (5 / 8, 5 / 6, 5 / 6)
     np.testing.assert_allclose(two.table(2), [[1, 15 / 16, 5 / 6, 5 / 8], [1, 5 / 6, 5 / 6, 5 / 6]], rtol=1e-7)
-    one = StepPlan((4, 1), (MID_TIMES, ()))
-    assert one.schedule(5) == (1.0,)
-    assert one.context_times(2) == (5 / 8, 1.0)
+    one = Schedule((4, 1), (MID_TIMES, ()))
+    assert one.times(5) == (1.0,)
+    assert ContextRule().times(one, 2) == (5 / 8, 1.0)
     # One list of times serves every chunk by its prefix.
-    assert StepPlan((4, 2), (MID_TIMES,)).schedule(1) == (1.0, 15 / 16)
+    assert Schedule((4, 2), (MID_TIMES,)).times(1) == (1.0, 15 / 16)
 
 
 def test_simulated_steps_cycle():
     """N = updates mod m_0 + 1 (spec causal_rcm 4.5); chunk b takes min(N, m_b)."""
-    plan = StepPlan((4, 2), (MID_TIMES, (5 / 6,)))
-    assert [plan.simulated_steps(n) for n in range(6)] == [1, 2, 3, 4, 1, 2]
-    per_chunk = lambda n: [min(plan.simulated_steps(n), plan.most_steps(b)) for b in range(5)]  # noqa: E731
+    plan = Schedule((4, 2), (MID_TIMES, (5 / 6,)))
+    assert [int(Cycle().steps(plan, n, None)) for n in range(6)] == [1, 2, 3, 4, 1, 2]
+    per_chunk = lambda n: [min(int(Cycle().steps(plan, n, None)), plan.most_steps(b)) for b in range(5)]  # noqa: E731
     assert per_chunk(0) == [1] * 5
     assert per_chunk(3) == [4, 2, 2, 2, 2]
     assert per_chunk(4) == [1] * 5

@@ -6,6 +6,8 @@ import pytest
 import tiny
 
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models.base import Condition
+from crcm_jax.models.wan.prompt import prompt
 from pallas_kernels.attention import Cached, attention
 from pallas_kernels.attention.mosaic_gpu.decode import attend_in_parts, choose_parts
 
@@ -44,16 +46,17 @@ def test_prepared_condition_is_the_condition(image):
     network = tiny.wan(ChunkPattern(1, 1), image_dim=6 if image else None)
     params, cond = tiny.parameters(network), tiny.condition()
     if image:
-        cond = cond.replace(image=tiny.normal(8, 2, 3, 6))
+        cond = Condition(prompt(cond.prompt["text"], tiny.normal(8, 2, 3, 6)))
     x, t = tiny.latents(1, 2, 1), np.full((1, 1), 0.4, np.float32)
-    cache = jax.tree.map(lambda leaf: leaf + 0.5, network.init_cache(2, (3, tiny.HEIGHT, tiny.WIDTH)))
+    cache = jax.tree.map(lambda leaf: leaf + 0.5, network.cache(2, (3, tiny.HEIGHT, tiny.WIDTH)))
 
     @tiny.jit
     def both(params, cond):
-        plain = network.velocity_and_append(params, x, t, cond, cache, chunk=2)
-        return plain, network.velocity_and_append(params, x, t, network.prepare(params, cond), cache, chunk=2)
+        return [
+            network.write(params, x, t, network.condition(params, cond, many=many), cache, 2) for many in (False, True)
+        ]
 
     plain, prepared = both(params, cond)
     assert all(tiny.relative(a, b) < 1e-6 for a, b in zip(jax.tree.leaves(prepared), jax.tree.leaves(plain)))
-    other, _ = both(params, cond.replace(text=cond.text[::-1]))[1]
+    other, _ = both(params, Condition({**cond.prompt, "text": cond.prompt["text"][::-1]}))[1]
     assert tiny.relative(other, plain[0]) > 1e-3  # the text is seen

@@ -12,7 +12,9 @@ from convert import engine
 from convert.arrays import TRANSFORMS
 from convert.tables import wan_transformer as tables
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.models.wan.prompt import EXTRA, prompt
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.saving.weights import save_params
 
@@ -23,7 +25,7 @@ diffusers = pytest.importorskip("diffusers", reason=REASON)
 BOUND = 1e-5
 """Relative to the largest value."""
 
-TINY = {"dim": 24, "ffn_dim": 48, "heads": 2, "layers": 2, "freq_dim": 32, "text_dim": 32}
+TINY = {"dim": 32, "ffn_dim": 48, "heads": 2, "layers": 2, "freq_dim": 32, "text_dim": 32}
 IMAGE = {"in_channels": 36, "image_dim": 20}
 
 
@@ -75,13 +77,14 @@ def inputs(c, frames=3, height=8, width=8, tokens=7):
 
 @functools.cache
 def compiled(c):
-    return jax.jit(WanTransformer(c).velocity)
+    network = WanTransformer(c)
+    return jax.jit(lambda params, *arguments: Bound(network, params).velocity(*arguments))
 
 
 def velocity(c, params, x, t, text, image):
     extra = c.in_channels - c.out_channels
-    latents = None if not extra else jnp.asarray(x[..., c.out_channels :])
-    cond = Condition(jnp.asarray(text), image, latents)
+    frames = {EXTRA: jnp.asarray(x[..., c.out_channels :])} if extra else {}
+    cond = Condition(prompt(jnp.asarray(text), image), frames)
     x = jnp.asarray(x[..., : c.out_channels])
     return np.asarray(compiled(c)(params, x, jnp.full((1, 1), t, jnp.float32), cond))
 

@@ -8,6 +8,8 @@ import tiny
 from jax.ad_checkpoint import checkpoint_name
 
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models.base import TeacherForcing
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.parallel.mesh import AXES
 from crcm_jax.parallel.placement import Placement
@@ -23,7 +25,7 @@ def gradient(remat, placement=tiny.ONE_DEVICE):
     t, cond = np.full((BATCH, 1), 0.3, np.float32), tiny.condition(batch=BATCH)
 
     def loss(params):
-        return jnp.mean(jnp.square(network.velocity(params, x, t, cond, context=(c, 0 * t))))
+        return jnp.mean(jnp.square(Bound(network, params).velocity(x, t, cond, TeacherForcing(c, 0 * t))))
 
     return jax.grad(loss), tiny.parameters(network)
 

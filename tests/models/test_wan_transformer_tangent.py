@@ -9,6 +9,8 @@ import pytest
 import tiny
 
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models.base import TeacherForcing
+from crcm_jax.models.bound import Bound
 from pallas_kernels.attention import chunked
 
 PATTERN, FRAMES = ChunkPattern(1, 2), 5
@@ -26,7 +28,7 @@ def tangent_of(network, params, context, cond):
     """(x, t, dx) ↦ velocity and its derivative along (dx, 1), as TF-sCM asks for it."""
 
     def along(x, t, dx):
-        f = lambda x, t: network.velocity(params, x, t, cond, context=context)  # noqa: E731
+        f = lambda x, t: Bound(network, params).velocity(x, t, cond, TeacherForcing(*context))  # noqa: E731
         return jax.jvp(f, (x, t), (dx, jnp.ones_like(t)))
 
     return along
@@ -40,7 +42,7 @@ def test_the_tangent_is_the_derivative(x64):
     x, t, context, dx, cond = problem(np.float64)
     value, tangent = tiny.jit(tangent_of(tiled, params, context, cond))(x, t, dx)
 
-    velocity = tiny.jit(lambda h: plain.velocity(params, x + h * dx, t + h, cond, context=context))
+    velocity = tiny.jit(lambda h: Bound(plain, params).velocity(x + h * dx, t + h, cond, TeacherForcing(*context)))
     assert tiny.relative(value, velocity(0.0)) < 1e-13
 
     def differences(h):
@@ -59,7 +61,7 @@ def test_the_tangent_is_the_derivative(x64):
 
     # ⟨w, J·u⟩ = ⟨Jᵀ·w, u⟩, with Jᵀ from the backward kernel.
     w = tiny.latents(9, BATCH, FRAMES, np.float64)
-    f = lambda x, t: jnp.vdot(w, tiled.velocity(params, x, t, cond, context=context))  # noqa: E731
+    f = lambda x, t: jnp.vdot(w, Bound(tiled, params).velocity(x, t, cond, TeacherForcing(*context)))  # noqa: E731
     back_x, back_t = tiny.jit(jax.grad(f, (0, 1)))(x, t)
     expected = float(jnp.vdot(w, tangent))
     assert abs(float(jnp.vdot(back_x, dx) + back_t.sum()) - expected) < 1e-12 * abs(expected) * 10
@@ -111,7 +113,7 @@ def tangent_work(network, params, x, t, context, dx, cond, move_context=False):
     c, t_c = context
 
     def forward(x, t, c):
-        return network.velocity(params, x, t, cond, context=(c, t_c))
+        return Bound(network, params).velocity(x, t, cond, TeacherForcing(c, t_c))
 
     def with_tangent(x, t, c, dx):
         if move_context:
@@ -127,7 +129,7 @@ def test_the_context_costs_no_tangent_work(remat):
     network = tiny.wan(PATTERN, attention="reference", remat=remat)
     params = tiny.parameters(network)
     x, t, context, dx, cond = problem(np.float32)
-    c, tokens, words = network.config, FRAMES * (tiny.HEIGHT // 2) * (tiny.WIDTH // 2), cond.text.shape[1]
+    c, tokens, words = network.config, FRAMES * (tiny.HEIGHT // 2) * (tiny.WIDTH // 2), cond.prompt["text"].shape[1]
     patch = math.prod(c.patch)
     # One time a sample: the six-way projection is per sample, not per frame. Per token, everything linear once.
     outside = tokens * c.dim * patch * (c.in_channels + c.out_channels) + c.dim * (c.freq_dim + 7 * c.dim)

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from nets import Simple, put
 
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models.base import Condition
+from crcm_jax.models.base import ITSELF, Condition, OnCache, TeacherForcing
 
 FRAMES, CHANNELS = 4, 2
 SHAPE = (FRAMES, 1, 1, CHANNELS)
@@ -55,11 +56,11 @@ def wrong_params(name, by=0.2):
 
 
 def condition(batch) -> Condition:
-    return Condition(text=jnp.zeros((batch, 1, 1)))
+    return Condition({"text": jnp.zeros((batch, 1, 1))})
 
 
 @dataclasses.dataclass(frozen=True)
-class AnalyticNetwork:
+class AnalyticNetwork(Simple):
     """The closed form v*, perturbed: (1 + scale)·v* + shift + gain·x + memory·(mean of the chunk given its context).
 
     consistency: v* is (x − f)/t, f the consistency function, instead of the velocity of the probability flow.
@@ -73,32 +74,23 @@ class AnalyticNetwork:
     def init(self, key):
         return zero_params()
 
-    def init_cache(self, batch, latent_shape, dtype=None):
+    def cache(self, batch, shape, policy=None, storage=None):
         return {"x": jnp.zeros((batch, *SHAPE), jnp.float64), "t": jnp.zeros((batch, FRAMES), jnp.float64)}
 
-    def append(self, params, x, t, cond, cache, *, chunk):
-        start = self.chunks.start(chunk)
-        t = jnp.broadcast_to(t, x.shape[:2])
-        new = {"x": x, "t": t}
-        return {
-            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name].astype(cache[name].dtype), start, 1)
-            for name in cache
-        }
+    def write(self, params, x, t, prepared, cache, chunk):
+        v = self.velocity(params, x, t, prepared, OnCache(cache, chunk))
+        return v, put(cache, self.chunks, x, t, chunk)
 
-    def velocity_and_append(self, params, x, t, cond, cache, *, chunk):
-        v = self.velocity(params, x, t, cond, cache=cache, chunk=chunk)
-        return v, self.append(params, x, t, cond, cache, chunk=chunk)
-
-    def velocity(self, params, x, t, cond, *, context=None, cache=None, chunk=None):
+    def velocity(self, params, x, t, prepared, view=ITSELF):
         batch = x.shape[0]
         # Times are drawn in float32; the closed form is exact only if 1 − t is not rounded to it.
         t = jnp.broadcast_to(t, x.shape[:2]).astype(jnp.float64)
-        if cache is not None:
-            return self._chunk(params, x, t, cache["x"], cache["t"], self.chunks.start(chunk))
+        if isinstance(view, OnCache):
+            return self._chunk(params, x, t, view.cache["x"], view.cache["t"], self.chunks.start(view.chunk))
         if self.chunks is None:
             nothing = jnp.zeros_like(x), jnp.ones((batch, FRAMES))
             return self._chunk(params, x, t, *nothing, 0)
-        c, t_c = context if context is not None else (x, t)
+        c, t_c = (view.context, view.times) if isinstance(view, TeacherForcing) else (x, t)
         t_c = jnp.broadcast_to(t_c, (batch, FRAMES)).astype(jnp.float64)
         parts = [self._chunk(params, x[:, s], t[:, s], c, t_c, s.start) for s in self.chunks.spans(FRAMES)]
         return jnp.concatenate(parts, 1)

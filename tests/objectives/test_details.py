@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from nets import Simple
 
 from crcm_jax import flow
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models.base import Condition
-from crcm_jax.models.guidance import guided_velocity
+from crcm_jax.models.base import ITSELF, Condition, TeacherForcing
+from crcm_jax.models.bound import Bound
 from crcm_jax.objectives import common, diffusion
 from crcm_jax.objectives.common import ContextNoise
-from crcm_jax.objectives.sf_dmd import Scores, dmd_target
-from crcm_jax.objectives.tf_dcm import tf_dcm
-from crcm_jax.objectives.tf_scm import tf_scm
+from crcm_jax.objectives.sf_dmd import Matching, Scores, dmd_target
+from crcm_jax.objectives.tf_dcm import DiscreteTime, tf_dcm
+from crcm_jax.objectives.tf_scm import ContinuousTime, ramp, tf_scm
 
 PATTERN, FRAMES = ChunkPattern(1, 2), 3
 SHAPE = (4, FRAMES, 2, 2, 3)
@@ -22,20 +23,27 @@ TIMES = flow.LogNormal(-0.8, 1.6)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-class Linear:
+class Linear(Simple):
     """v = a·x + b·t + k·(context) + m·(text); keeps its calls."""
+
+    chunks = PATTERN
 
     def __init__(self):
         self.calls = []
 
-    def velocity(self, params, x, t, cond, *, context=None):
-        self.calls.append({"x": x, "t": t, "text": cond.text, "context": context})
-        text = jnp.mean(cond.text, (1, 2))[:, None, None, None, None]
+    def velocity(self, params, x, t, prepared, view=ITSELF):
+        text = prepared.prompt["text"]
+        self.calls.append({"x": x, "t": t, "text": text, "view": view})
+        text = jnp.mean(text, (1, 2))[:, None, None, None, None]
         v = params["a"] * x + params["b"] * flow.expand(t, x) + params["m"] * text
-        if context is not None:
-            c, t_c = context
-            v = v + params["k"] * (c + flow.expand(t_c, c)).mean(1, keepdims=True)
+        if view != ITSELF:
+            v = v + params["k"] * (view.context + flow.expand(view.times, view.context)).mean(1, keepdims=True)
         return v
+
+
+def linear(params):
+    """A fresh network of its own, with parameters."""
+    return Bound(Linear(), params)
 
 
 def params(a=0.4, b=0.3, k=0.2, m=0.5):
@@ -44,7 +52,7 @@ def params(a=0.4, b=0.3, k=0.2, m=0.5):
 
 # NumPy, since JAX would narrow them here, before the fixture.
 BATCH = {"latents": tiny.normal(0, *SHAPE, dtype=np.float64)}
-COND, UNCOND = (Condition(text=tiny.normal(s, 4, 2, 2, dtype=np.float64)) for s in (1, 2))
+COND, UNCOND = (Condition({"text": tiny.normal(s, 4, 2, 2, dtype=np.float64)}) for s in (1, 2))
 X0, KEY = BATCH["latents"], jax.random.key(0)
 
 
@@ -55,17 +63,15 @@ def wide(t):
 @pytest.mark.parametrize("weighting", ["none", "gaussian_bell"])
 def test_diffusion_losses_are_means_over_pixels_and_sums_over_frames(weighting):
     """100·Σ_frames w(t)·mean_{H,W,C}(v̂ − (ε − x0))², with ε recovered from the recorded x_t."""
-    net = Linear()
-    losses, _ = diffusion.teacher_forcing(
-        net, params(), BATCH, COND, KEY, times=TIMES, chunks=PATTERN, weighting=weighting
-    )
-    call = net.calls[0]
+    net = linear(params())
+    losses, _ = diffusion.teacher_forcing(net, BATCH, COND, KEY, times=TIMES, weighting=weighting)
+    call = net.network.calls[0]
     assert call["t"].shape == (4, 1)
-    np.testing.assert_array_equal(call["context"][0], X0)
-    assert float(call["context"][1].max()) == 0
+    np.testing.assert_array_equal(call["view"].context, X0)
+    assert float(call["view"].times.max()) == 0
     t = np.asarray(call["t"], np.float64)
     noise = (np.asarray(call["x"]) - (1 - wide(t)) * X0) / wide(t)
-    v = Linear().velocity(params(), call["x"], call["t"], COND, context=call["context"])
+    v = linear(params()).velocity(call["x"], call["t"], COND, call["view"])
     w = np.exp(-2 * (t - 0.5) ** 2) - np.exp(-0.5) if weighting == "gaussian_bell" else np.ones_like(t)
     expected = 100 * (w * np.mean((np.asarray(v) - (noise - X0)) ** 2, (2, 3, 4))).sum(1)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)  # t is float32, ε is divided by it
@@ -74,10 +80,11 @@ def test_diffusion_losses_are_means_over_pixels_and_sums_over_frames(weighting):
 def test_diffusion_forcing_times_are_constant_within_chunks():
     """Independent, shared or monotone over chunks."""
     for strategy in diffusion.STRATEGIES:
-        net = Linear()
-        diffusion.diffusion_forcing(net, params(), BATCH, COND, KEY, times=TIMES, chunks=PATTERN, strategy=strategy)
-        t = np.asarray(net.calls[0]["t"])
-        assert t.shape == (4, FRAMES) and net.calls[0]["context"] is None
+        net = linear(params())
+        diffusion.diffusion_forcing(net, BATCH, COND, KEY, times=TIMES, strategy=strategy)
+        (call,) = net.network.calls
+        t = np.asarray(call["t"])
+        assert t.shape == (4, FRAMES) and call["view"] == ITSELF
         np.testing.assert_array_equal(t[:, 1], t[:, 2])
         assert (t[:, 0] == t[:, 1]).all() == (strategy == "same")
         if strategy == "fopp":
@@ -87,50 +94,53 @@ def test_diffusion_forcing_times_are_constant_within_chunks():
 
 def test_guidance_is_two_forwards():
     """v_u + g·(v_c − v_u), and the plain velocity for g ≤ 1 or without a negative prompt."""
-    net, x, t = Linear(), X0, jnp.full((1, 1), 0.3)
-    c, u = (net.velocity(params(), x, t, cond, context=(x, t)) for cond in (COND, UNCOND))
-    np.testing.assert_allclose(
-        guided_velocity(net, params(), x, t, COND, UNCOND, 3.0, context=(x, t)), u + 3.0 * (c - u), atol=1e-14
-    )
-    assert net.calls[-1]["x"].shape[0] == 8
+    net, x, t = linear(params()), X0, jnp.full((1, 1), 0.3)
+    view = TeacherForcing(x, t)
+    c, u = (net.velocity(x, t, cond, view) for cond in (COND, UNCOND))
+    np.testing.assert_allclose(net.guided(x, t, COND, UNCOND, 3.0, view), u + 3.0 * (c - u), atol=1e-14)
+    assert net.network.calls[-1]["x"].shape[0] == 8
+    longer = Condition({"text": np.concatenate([UNCOND.prompt["text"]] * 2, 1)})  # its mean is the same
+    np.testing.assert_allclose(net.guided(x, t, COND, longer, 3.0, view), u + 3.0 * (c - u), atol=1e-14)
+    assert net.network.calls[-1]["x"].shape[0] == 4, "two passes"
     for uncond, scale in ((UNCOND, 1.0), (None, 3.0)):
-        np.testing.assert_array_equal(guided_velocity(net, params(), x, t, COND, uncond, scale, context=(x, t)), c)
+        np.testing.assert_array_equal(net.guided(x, t, COND, uncond, scale, view), c)
 
 
 def test_noisy_context():
     """Chunks from the start on are noised to their time and told so; earlier ones stay clean (spec causal_rcm 3.4)."""
-    c, t = common.context(KEY, X0, PATTERN, ContextNoise((5 / 8,), 1))
+    view = common.context(KEY, X0, PATTERN, ContextNoise((5 / 8,), 1))
+    c, t = view.context, view.times
     np.testing.assert_array_equal(t, np.float32([[0, 5 / 8, 5 / 8]]))
     np.testing.assert_array_equal(c[:, 0], X0[:, 0])
     noise = (np.asarray(c) - (3 / 8) * X0)[:, 1:] / (5 / 8)
     assert abs(noise.mean()) < 0.4 and 0.75 < noise.std() < 1.25, "96 unit normal draws"
-    _, t = common.context(KEY, X0, PATTERN, ContextNoise((5 / 8, 1.0), 0))
+    t = common.context(KEY, X0, PATTERN, ContextNoise((5 / 8, 1.0), 0)).times
     np.testing.assert_array_equal(t, np.float32([[5 / 8, 1, 1]]))
 
 
 def test_discrete_consistency_by_hand():
     """One guided Euler step of the teacher on a clean context; the target is the live student, not differentiated;
     the student's context noise is fresh in each of its two passes."""
-    student, teacher = Linear(), Linear()
-    options = {"teacher_network": teacher, "teacher": params(0.9, -0.2, 0.1, 0.7), "uncond": UNCOND, "chunks": PATTERN}
+    student, teacher = Linear(), linear(params(0.9, -0.2, 0.1, 0.7))
+    constants = DiscreteTime(context_noise=ContextNoise((5 / 8,), 1))
 
     def loss(p):
-        return tf_dcm(student, p, BATCH, COND, KEY, context_noise=ContextNoise((5 / 8,), 1), **options)[0]
+        return tf_dcm(Bound(student, p), BATCH, COND, KEY, teacher=teacher, uncond=UNCOND, constants=constants)[0]
 
     losses = loss(params())
     online, target = student.calls
-    (guided,) = teacher.calls
-    np.testing.assert_array_equal(guided["context"][0][:4], X0)
-    assert float(guided["context"][1].max()) == 0
-    assert not np.allclose(online["context"][0][:, 1:], target["context"][0][:, 1:])
+    (guided,) = teacher.network.calls
+    np.testing.assert_array_equal(guided["view"].context[:4], X0)
+    assert float(guided["view"].times.max()) == 0
+    assert not np.allclose(online["view"].context[:, 1:], target["view"].context[:, 1:])
     t0, t1 = wide(online["t"]), wide(target["t"])
-    v = guided_velocity(
-        Linear(), options["teacher"], online["x"], online["t"], COND, UNCOND, 3.0, context=(X0, jnp.zeros((1, 1)))
-    )
+    clean = TeacherForcing(X0, jnp.zeros((1, 1)))
+    v = linear(teacher.params).guided(online["x"], online["t"], COND, UNCOND, 3.0, clean)
     np.testing.assert_allclose(target["x"], online["x"] - (t0 - t1) * np.asarray(v), atol=1e-7)
-    predict = lambda p, call: flow.to_clean(  # noqa: E731
-        call["x"], Linear().velocity(p, call["x"], call["t"], COND, context=call["context"]), call["t"]
-    )
+
+    def predict(p, call):
+        return flow.to_clean(call["x"], linear(p).velocity(call["x"], call["t"], COND, call["view"]), call["t"])
+
     frozen = predict(params(), target)
     by_hand = lambda p: 100 * jnp.mean(jnp.square(predict(p, online) - frozen), (2, 3, 4)).sum(1)  # noqa: E731
     np.testing.assert_allclose(losses, by_hand(params()), rtol=1e-6)  # float32 times
@@ -141,23 +151,20 @@ def test_discrete_consistency_by_hand():
 @pytest.mark.parametrize(("iteration", "r"), [(0, 0.0), (250, 0.25), (5000, 1.0)])
 def test_continuous_consistency_by_hand(iteration, r):
     """g = −(v⁻ − v_T) − r·t·τ, ĝ = g/(‖g‖ + 0.1), loss 100·‖ĝ‖², gradient −200·(∂v)ᵀĝ, in one pass and in two."""
-    student, teacher = Linear(), Linear()
-    theirs = params(0.9, -0.2, 0.1, 0.7)
-    noise = ContextNoise((5 / 8,), 1)
+    student, teacher = Linear(), linear(params(0.9, -0.2, 0.1, 0.7))
 
     def run(p, one_pass):
-        return tf_scm(
-            student, p, BATCH, COND, KEY, teacher_network=teacher, teacher=theirs, uncond=UNCOND, chunks=PATTERN,
-            iteration=iteration, times=TIMES, context_noise=noise, one_pass=one_pass,
-        )  # fmt: skip
+        constants = ContinuousTime(TIMES, context_noise=ContextNoise((5 / 8,), 1), one_pass=one_pass)
+        options = {"teacher": teacher, "uncond": UNCOND, "r": ramp(iteration, 1000), "constants": constants}
+        return tf_scm(Bound(student, p), BATCH, COND, KEY, **options)
 
     losses, metrics = run(params(), False)
     call = student.calls[-1]
-    assert float(teacher.calls[-1]["context"][1].max()) == 0, "the teacher's context is clean"
-    np.testing.assert_array_equal(call["context"][1], np.float32([[0, 5 / 8, 5 / 8]]))
-    clean = (X0, jnp.zeros((1, 1)))
-    v_T = np.asarray(guided_velocity(Linear(), theirs, call["x"], call["t"], COND, UNCOND, 3.0, context=clean))
-    v = Linear().velocity(params(), call["x"], call["t"], COND, context=call["context"])
+    assert float(teacher.network.calls[-1]["view"].times.max()) == 0, "the teacher's context is clean"
+    np.testing.assert_array_equal(call["view"].times, np.float32([[0, 5 / 8, 5 / 8]]))
+    clean = TeacherForcing(X0, jnp.zeros((1, 1)))
+    v_T = np.asarray(linear(teacher.params).guided(call["x"], call["t"], COND, UNCOND, 3.0, clean))
+    v = linear(params()).velocity(call["x"], call["t"], COND, call["view"])
     tau = 0.4 * v_T + 0.3  # a·dx/dt + b
     g = -(np.asarray(v) - v_T) - r * wide(call["t"]) * tau
     norm = np.sqrt((g**2).sum((1, 2, 3, 4)))
@@ -166,7 +173,7 @@ def test_continuous_consistency_by_hand(iteration, r):
     # Times and the warm-up are float32.
     np.testing.assert_allclose(metrics["tangent_norm"], norm, rtol=1e-6)
     np.testing.assert_allclose(losses, 100 * (norm / (norm + 0.1)) ** 2, rtol=1e-6)
-    slope = jax.jacfwd(lambda p: Linear().velocity(p, call["x"], call["t"], COND, context=call["context"]))(params())
+    slope = jax.jacfwd(lambda p: linear(p).velocity(call["x"], call["t"], COND, call["view"]))(params())
     for one_pass in (False, True):
         for name, gradient in jax.jacrev(lambda p: run(p, one_pass)[0])(params()).items():  # noqa: B023
             expected = -200 * (np.asarray(slope[name]) * g_hat).sum((1, 2, 3, 4))
@@ -183,10 +190,9 @@ def test_one_pass_is_two_passes():
     @tiny.jit
     def both(p):
         def loss(p, one_pass):
-            return tf_scm(
-                net, p, batch, cond, KEY, teacher_network=net, teacher=teacher, uncond=uncond, chunks=PATTERN,
-                iteration=700, one_pass=one_pass,
-            )[0].sum()  # fmt: skip
+            options = {"teacher": Bound(net, teacher), "uncond": uncond, "r": 0.7}
+            constants = ContinuousTime(one_pass=one_pass)
+            return tf_scm(Bound(net, p), batch, cond, KEY, constants=constants, **options)[0].sum()
 
         return [jax.value_and_grad(lambda p: loss(p, one_pass))(p) for one_pass in (True, False)]  # noqa: B023
 
@@ -207,7 +213,7 @@ def test_the_context_receives_gradients():
 
     def along(h):
         moved = jax.tree.map(lambda a, b: a + h * b, p, step)
-        return diffusion.teacher_forcing(net, moved, batch, cond, KEY, times=TIMES, chunks=PATTERN)[0].sum()
+        return diffusion.teacher_forcing(Bound(net, moved), batch, cond, KEY, times=TIMES)[0].sum()
 
     loss, slope = tiny.jit(along), tiny.jit(jax.grad(along))(0.0)
     d = [float(loss(h) - loss(-h)) / (2 * h) for h in (2e-4, 1e-4)]
@@ -218,15 +224,12 @@ def test_the_context_receives_gradients():
 
 def test_the_dmd_target():
     """x − (x_fake − x_real)/W with W = mean|x − x_real| a sample; the critic unguided, the real score guided."""
-    critic, real = Linear(), Linear()
-    theirs, ours = params(0.9, -0.2, 0.1, 0.7), params()
-    target, norm = dmd_target(
-        X0, KEY, Scores(real, theirs, critic, ours), COND, UNCOND, times=flow.UniformShift(5.0), guidance=5.0
-    )
-    y, t = critic.calls[0]["x"], critic.calls[0]["t"]
-    assert t.shape == (4, 1) and critic.calls[0]["x"].shape[0] == 4
-    x_fake = flow.to_clean(y, Linear().velocity(ours, y, t, COND), t)
-    x_real = flow.to_clean(y, guided_velocity(Linear(), theirs, y, t, COND, UNCOND, 5.0), t)
+    critic, real = linear(params()), linear(params(0.9, -0.2, 0.1, 0.7))
+    target, norm = dmd_target(X0, KEY, Scores(real, critic, UNCOND), COND, Matching(guidance=5.0))
+    y, t = critic.network.calls[0]["x"], critic.network.calls[0]["t"]
+    assert t.shape == (4, 1) and critic.network.calls[0]["x"].shape[0] == 4
+    x_fake = flow.to_clean(y, linear(critic.params).velocity(y, t, COND), t)
+    x_real = flow.to_clean(y, linear(real.params).guided(y, t, COND, UNCOND, 5.0), t)
     w = jnp.mean(jnp.abs(X0 - x_real), (1, 2, 3, 4), keepdims=True)
     g = (x_fake - x_real) / w
     np.testing.assert_allclose(target, X0 - g, rtol=1e-10)

@@ -10,13 +10,15 @@ from analytic_world import AnalyticNetwork, World
 
 from crcm_jax import flow
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models.base import ITSELF, TeacherForcing
+from crcm_jax.models.bound import Bound
 from crcm_jax.objectives import diffusion
 from crcm_jax.objectives.common import ContextNoise
 from crcm_jax.objectives.sf_dmd import Scores, critic, sf_dmd
-from crcm_jax.objectives.tf_dcm import tf_dcm
+from crcm_jax.objectives.tf_dcm import DiscreteTime, Levels, tf_dcm
 from crcm_jax.objectives.tf_scm import tf_scm
 from crcm_jax.sampling.rollout import rollout
-from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.schedule import MID_TIMES, RolloutPlan
 
 ONE, PAIRS, UNEVEN = ChunkPattern(1, 1), ChunkPattern(2, 2), ChunkPattern(1, 3)
 DRAWS = 4000
@@ -39,7 +41,7 @@ def test_the_closed_forms_agree():
 
     @tiny.jit
     def both(x0, s):
-        v, end = (n.velocity(params, x, t, cond, context=(x0, zero)) for n in (net, cm))
+        v, end = (Bound(n, params).velocity(x, t, cond, TeacherForcing(x0, zero)) for n in (net, cm))
         return v, x - 0.4 * end, trajectory(net, x0, x, t, s)
 
     v, end, start = both(x0, zero)
@@ -67,8 +69,8 @@ def test_teacher_forcing(chunks, noise, weighting):
     """The minimiser is the velocity given the context, clean or as noisy as it was made."""
     batch, cond, key = draw()
     net = AnalyticNetwork(chunks)
-    options = {"times": TIMES, "chunks": chunks, "context_noise": noise, "weighting": weighting}
-    world.assert_minimum(lambda p: diffusion.teacher_forcing(net, p, batch, cond, key, **options)[0])
+    options = {"times": TIMES, "context_noise": noise, "weighting": weighting}
+    world.assert_minimum(lambda p: diffusion.teacher_forcing(Bound(net, p), batch, cond, key, **options)[0])
 
 
 @pytest.mark.parametrize("strategy", diffusion.STRATEGIES)
@@ -76,29 +78,26 @@ def test_diffusion_forcing(strategy):
     """The minimiser is the velocity given a past as noisy as it is."""
     batch, cond, key = draw()
     net = AnalyticNetwork(UNEVEN)
-    options = {"times": flow.UniformShift(2.0), "chunks": UNEVEN, "strategy": strategy}
-    world.assert_minimum(lambda p: diffusion.diffusion_forcing(net, p, batch, cond, key, **options)[0])
+    options = {"times": flow.UniformShift(2.0), "strategy": strategy}
+    world.assert_minimum(lambda p: diffusion.diffusion_forcing(Bound(net, p), batch, cond, key, **options)[0])
 
 
 def test_bidirectional():
     """The minimiser is the velocity given the whole noisy clip."""
     batch, cond, key = draw()
     net = AnalyticNetwork()
-    world.assert_minimum(lambda p: diffusion.bidirectional(net, p, batch, cond, key, times=TIMES)[0])
+    world.assert_minimum(lambda p: diffusion.bidirectional(Bound(net, p), batch, cond, key, times=TIMES)[0])
 
 
 def test_continuous_consistency():
     """At the closed form every sample's gradient is zero, not only their mean; off it, it pulls back."""
     batch, cond, key = draw(400)
     teacher, student = AnalyticNetwork(UNEVEN), AnalyticNetwork(UNEVEN, consistency=True)
-    options = {
-        "teacher_network": teacher, "teacher": world.zero_params(), "uncond": None, "chunks": UNEVEN, "iteration": 0,
-        "warmup": 0,
-    }  # fmt: skip
+    options = {"teacher": Bound(teacher, world.zero_params()), "uncond": None}
 
     @tiny.jit
     def losses_and_gradient(params):
-        losses = lambda p: tf_scm(student, p, batch, cond, key, **options)[0]  # noqa: E731
+        losses = lambda p: tf_scm(Bound(student, p), batch, cond, key, **options)[0]  # noqa: E731
         return losses(params), jax.jacrev(losses)(params)
 
     losses, each = losses_and_gradient(world.zero_params())
@@ -119,20 +118,21 @@ def test_the_continuous_target_is_the_analytic_derivative():
     seen = {}
 
     class Spy(AnalyticNetwork):
-        def velocity(self, params, x, t, cond, **view):
+        def velocity(self, params, x, t, prepared, view=ITSELF):
             seen.update(x=x, t=t)
-            return super().velocity(params, x, t, cond, **view)
+            return super().velocity(params, x, t, prepared, view)
 
-    options = {"teacher": world.zero_params(), "uncond": None, "chunks": UNEVEN, "iteration": 0, "warmup": 0}
+    options = {"teacher": Bound(Spy(UNEVEN), world.zero_params()), "uncond": None}
 
     @tiny.jit
     def norm_and_derivative(params):
-        _, metrics = tf_scm(student, params, batch, cond, key, teacher_network=Spy(UNEVEN), **options)
+        _, metrics = tf_scm(Bound(student, params), batch, cond, key, **options)
         x, t = seen["x"], seen["t"].astype(jnp.float64)
 
         def f_at(s):
             y = trajectory(AnalyticNetwork(UNEVEN), x0, x, t, s)
-            return flow.to_clean(y, student.velocity(params, y, s, cond, context=(x0, clean)), s)
+            v = Bound(student, params).velocity(y, s, cond, TeacherForcing(x0, clean))
+            return flow.to_clean(y, v, s)
 
         h = 1e-4 * t
         return metrics["tangent_norm"], (f_at(t + h) - f_at(t - h)) / flow.expand(2 * h, x)
@@ -149,8 +149,9 @@ def test_discrete_consistency():
 
     def gradient(levels):
         def loss(p):
-            options = {"teacher_network": teacher, "teacher": world.zero_params(), "uncond": None, "chunks": UNEVEN}
-            return jnp.mean(tf_dcm(student, p, batch, cond, key, levels=levels, **options)[0])
+            options = {"teacher": Bound(teacher, world.zero_params()), "uncond": None}
+            constants = DiscreteTime(Levels(levels))
+            return jnp.mean(tf_dcm(Bound(student, p), batch, cond, key, constants=constants, **options)[0])
 
         compiled = tiny.jit(jax.grad(loss))
         return lambda params: {name: float(g) for name, g in compiled(params).items()}
@@ -169,9 +170,9 @@ def test_discrete_consistency():
 def test_an_exact_student_rolls_out_the_data(steps):
     """Self-forcing of the consistency function draws clips of the data's mean and covariance, whatever the steps."""
     _, cond, key = draw(20_000)
-    net, plan = AnalyticNetwork(PAIRS, consistency=True), StepPlan()
+    model = Bound(AnalyticNetwork(PAIRS, consistency=True), world.zero_params())
     shape = (20_000, *world.SHAPE)
-    done = tiny.jit(lambda key: rollout(net, world.zero_params(), cond, key, plan, steps, shape, PAIRS))(key)
+    done = tiny.jit(lambda key: rollout(model, cond, key, RolloutPlan(), steps, shape))(key)
     truth = World()
     assert_moments(done.samples, truth.mean, truth.covariance)
     # What the last step saw is the data at its time.
@@ -197,10 +198,9 @@ def assert_moments(x, mean, covariance, across=True):
 def dmd(student, params, scores, count=2000, updates=0):
     _, cond, key = draw(count)
     batch = {"latents": jnp.zeros((count, *world.SHAPE))}
-    options = {"scores": scores, "uncond": None, "updates": updates, "plan": StepPlan(), "chunks": ONE}
 
     def loss(p):
-        losses, metrics = sf_dmd(student, p, batch, cond, key, **options)
+        losses, metrics = sf_dmd(Bound(student, p), batch, cond, key, scores=scores, updates=updates)
         return jnp.mean(losses), metrics
 
     return tiny.jit(jax.grad(loss, has_aux=True))(params)
@@ -209,18 +209,19 @@ def dmd(student, params, scores, count=2000, updates=0):
 def test_distribution_matching():
     """No pull where the critic and the real score agree; a student moved by b is pushed back by its own critic."""
     student, truth = AnalyticNetwork(ONE, consistency=True), AnalyticNetwork()
-    same = Scores(truth, world.zero_params(), truth, world.zero_params())
+    real = Bound(truth, world.zero_params())
+    same = Scores(real, real, None)
     grads, metrics = dmd(student, world.zero_params(), same, updates=3)
     assert float(metrics["dmd_norm"].max()) == 0 and all(float(g) == 0 for g in grads.values())
     # One step from noise: every chunk moves by −shift, and so does what the next one sees of it.
     moved, shape = world.wrong_params("shift", 0.3), (4000, *world.SHAPE)
     one_step = tiny.jit(
-        lambda key: rollout(student, moved, world.condition(4000), key, StepPlan(), 1, shape, ONE).samples
+        lambda key: rollout(Bound(student, moved), world.condition(4000), key, RolloutPlan(), 1, shape).samples
     )
     offset = float(jnp.mean(one_step(jax.random.key(1))) - World().mean.mean())
     assert offset < -0.3
-    theirs = AnalyticNetwork(world=World(offset=offset))
-    grads, _ = dmd(student, moved, Scores(truth, world.zero_params(), theirs, world.zero_params()))
+    theirs = Bound(AnalyticNetwork(world=World(offset=offset)), world.zero_params())
+    grads, _ = dmd(student, moved, Scores(real, theirs, None))
     assert float(grads["shift"]) > 0.1
 
 
@@ -229,7 +230,5 @@ def test_critic():
     _, cond, key = draw()
     student = AnalyticNetwork(ONE, consistency=True)
     batch = {"latents": jnp.zeros((DRAWS, *world.SHAPE))}
-    options = {
-        "student_network": student, "student": world.zero_params(), "updates": 1, "plan": StepPlan(), "chunks": ONE
-    }  # fmt: skip
-    world.assert_minimum(lambda p: critic(AnalyticNetwork(), p, batch, cond, key, **options)[0])
+    options = {"student": Bound(student, world.zero_params()), "updates": 1}
+    world.assert_minimum(lambda p: critic(Bound(AnalyticNetwork(), p), batch, cond, key, **options)[0])

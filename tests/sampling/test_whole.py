@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nets import Simple
 
 from crcm_jax.models.base import Condition
-from crcm_jax.sampling import Whole, bidirectional
-from crcm_jax.sampling.bidirectional import denoise_whole, generate_whole, solve, teacher_times, unipc_table
+from crcm_jax.models.bound import Bound
+from crcm_jax.sampling import Whole, whole
+from crcm_jax.sampling.whole import denoise_whole, generate_whole, solve, teacher_times, unipc_table
 
 BOUND = 1e-5
 """Relative to the largest value; sums in float32 in another order."""
@@ -58,8 +60,7 @@ def test_unipc_is_of_higher_order():
     """Against many Euler steps of the same ODE: UniPC's error falls faster than Euler's, which is the point of it."""
     exact = np.asarray(solve("euler", velocity, NOISE, teacher_times(8000)))
     errors = {
-        s: [relative(solve(s, velocity, NOISE, teacher_times(n)), exact) for n in (20, 40)]
-        for s in bidirectional.SOLVERS
+        s: [relative(solve(s, velocity, NOISE, teacher_times(n)), exact) for n in (20, 40)] for s in whole.SOLVERS
     }
     # Measured: Euler 0.0338, 0.0164; UniPC 0.0138, 0.0019.
     assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2, rel=0.15)
@@ -70,7 +71,7 @@ def test_unipc_is_of_higher_order():
 def test_a_constant_prediction_is_reached_exactly():
     """Whatever the times: with m the same everywhere, the solution is m."""
     m = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
-    for solver in bidirectional.SOLVERS:
+    for solver in whole.SOLVERS:
         found = solve(solver, lambda x, t: (x - m) / t, NOISE, teacher_times(12))
         assert relative(found, m) <= BOUND
     rows = unipc_table(teacher_times(12))
@@ -93,22 +94,23 @@ def test_teacher_times():
 
 
 def test_guidance_over_a_network():
-    class Network:
-        def velocity(self, params, x, t, cond):
-            return params * velocity(x, t[..., None, None, None]) + cond.text.mean((1, 2))[:, None, None, None, None]
+    class Network(Simple):
+        def velocity(self, params, x, t, prepared, view):
+            text = prepared.prompt["text"].mean((1, 2))[:, None, None, None, None]
+            return params * velocity(x, t[..., None, None, None]) + text
 
-    cond, uncond = Condition(jnp.ones((2, 3, 4))), Condition(jnp.zeros((1, 3, 4)))
-    network, times = Network(), teacher_times(4)
-    for solver in bidirectional.SOLVERS:
+    cond, uncond = (Condition({"text": jnp.full((n, 3, 4), float(n - 1))}) for n in (2, 1))
+    model, times = Bound(Network(), jnp.float32(1)), teacher_times(4)
+    for solver in whole.SOLVERS:
         view = {"times": times, "solver": solver, "uncond": uncond, "guidance": 3.0}
-        found = generate_whole(network, jnp.float32(1), cond, NOISE, **view)
+        found = generate_whole(model, cond, NOISE, **view)
         expected = solve(solver, lambda x, t: velocity(x, t) + 3.0, NOISE, times)
         assert relative(found, np.asarray(expected)) <= BOUND
         # The same, step by step: after each, one more of the times is behind.
-        steps = list(denoise_whole(network, jnp.float32(1), cond, NOISE, **view))
+        steps = list(denoise_whole(model, cond, NOISE, **view))
         assert len(steps) == 4 and relative(steps[-1], np.asarray(found)) <= BOUND
-        program = bidirectional._program(network, times, solver, 3.0, steps[-1].sharding)
+        program = whole._program(times, solver, 3.0, steps[-1].sharding)
         assert program._cache_size() == 1  # compiled once for all steps
         assert min(relative(a, np.asarray(b)) for a, b in zip(steps, steps[1:])) > 1e-2
     with pytest.raises(ValueError, match="is not one of unipc, euler"):
-        generate_whole(network, jnp.float32(1), cond, NOISE, times=times, solver="heun")
+        generate_whole(model, cond, NOISE, times=times, solver="heun")
