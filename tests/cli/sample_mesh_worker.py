@@ -12,12 +12,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from small_release import SMALL, write
+from small_release import ROW, write
 
 from crcm_jax.cli import _sample_sources as sources
 from crcm_jax.cli import sample
 from crcm_jax.cli._sample_run import videos
-from crcm_jax.models.wan import library
+from crcm_jax.models import registry
 from crcm_jax.parallel import rules
 
 # Three prompts, two heads, six tokens a frame: by itself it takes data=2,context=2, and fills up the second batch.
@@ -31,14 +31,14 @@ WAYS = {"streaming": ("--steps=2", "--noisy-context"), "at once": ("--sampler=eu
 def clips(folder: Path, way: str, mesh: str) -> tuple[np.ndarray, float]:
     words = ["--model=small", f"--weights={folder}", "--size=16x24", "--frames=9", "--seed=3", *WAYS[way]]
     words += [f"--prompt={text}" for text in ("a cat walks", "a dog", "a ball")] + ([f"--mesh={mesh}"] if mesh else [])
-    source = sources.from_release(*sample.parse(words))
+    source = sources.prepare(*sample.parse(words))
     made = np.concatenate([video for _, video in videos(source, 3)])
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(source.params))
-    return made, rules.device_bytes(source.params) / whole
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(source.model.params))
+    return made, rules.device_bytes(source.model.params) / whole
 
 
 def main() -> None:
-    library.RELEASES["small"] = SMALL
+    registry.RELEASES["small"] = ROW
     folder, report = write(Path(sys.argv[1])), {}
     for way, meshes in MESHES.items():
         expected, _ = clips(folder, way, "data=1")

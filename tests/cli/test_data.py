@@ -14,13 +14,13 @@ import tiny
 from small_release import SMALL
 
 from crcm_jax import __main__ as program
+from crcm_jax import pipeline
 from crcm_jax.cli import data
 from crcm_jax.data import set_manifest, shards, tensor_file, video_files
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
 from crcm_jax.models.vae.wan import WanVAE
-from crcm_jax.models.wan import library
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.sampling import generate_whole, teacher_times
 
@@ -31,7 +31,7 @@ SHAPE = ["--frames=9", "--size=24x16", "--shard-size=2"]
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(library.RELEASES, "small", SMALL)
+        small_release.register(patch)
         yield
 
 
@@ -94,13 +94,13 @@ def test_from_videos(videos, weights, tmp_path, capsys):
     assert "left out 000000004" in told.err and "cannot be decoded" in told.err
     found = shards.open_shards(out)
     params, encode = tiny.parameters(WanVAE(SMALL.vae), 1), tiny.jit(WanVAE(SMALL.vae).encode)
-    encoder = library.load_text_encoder(SMALL, weights)
+    encoder = pipeline.load("small", weights=weights).text_encoder()
     for i, example in enumerate(found):
         pixels = video_files.read_clip(videos / f"{i}.mp4", frames=9, height=16, width=24)
         wanted = encode(params, jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1)[0]
         assert example.latents.shape == (3, 4, 6, 16) and example.latents.dtype == ml_dtypes.bfloat16
         assert tiny.relative(example.latents, wanted) < 2**-7  # the rounding to bfloat16
-        assert tiny.relative(example.text, encoder([PROMPTS[i]])[0]) < 2**-7
+        assert tiny.relative(example.text, encoder([PROMPTS[i]])["text"][0]) < 2**-7
         assert (example.key, example.prompt) == (f"{i:09d}", PROMPTS[i])
     manifest = set_manifest.read(out)
     assert manifest["total"]["examples"] == 3 and list(manifest["shards"]) == [f"shard_{i:06d}.tar" for i in range(3)]
@@ -133,11 +133,11 @@ def test_from_prompts(sampled, weights):
     """A teacher's samples, each from its own seed, by the published settings."""
     found = shards.open_shards(sampled[1])
     assert len(found) == 5
-    encoder = library.load_text_encoder(SMALL, weights)
+    encoder = pipeline.load("small", weights=weights).text_encoder()
     network, params = WanTransformer(SMALL.transformer), tiny.parameters(WanTransformer(SMALL.transformer), 0)
     for i in (0, 4):
         noise = np.random.default_rng(5 + i).standard_normal((1, 3, 4, 6, 16), np.float32)
-        cond, uncond = (Condition(text=jnp.asarray(encoder([text]))) for text in (PROMPTS[i], "worst"))
+        cond, uncond = (Condition(encoder([text])) for text in (PROMPTS[i], "worst"))
         wanted = generate_whole(
             network,
             params,
@@ -217,7 +217,7 @@ def test_embed(weights, tmp_path, capsys):
     words = ["embed", "--model=small", f"--weights={weights}", "--prompt=worst cat", f"--out={tmp_path / 'n.pt'}"]
     assert data.main(words) == 0
     found = tensor_file.loads((tmp_path / "n.pt").read_bytes(), "n.pt")
-    wanted = library.load_text_encoder(SMALL, weights)(["worst cat"])[0]
+    wanted = pipeline.load("small", weights=weights).text_encoder()(["worst cat"])["text"][0]
     assert found.shape == (12, 16) and tiny.relative(found, wanted) < 2**-7 and found[0].any() and not found[-1].any()
     assert os.listdir(tmp_path) == ["n.pt"]
     with pytest.raises(UsageError, match=r"must end in \.pt"):

@@ -10,18 +10,18 @@ import small_release
 import tiny
 from small_release import SMALL, SMALL_I2V
 
+from configs import wan2_1
 from configs.digits import get_config
-from crcm_jax import build
+from crcm_jax import pipeline, recipes
 from crcm_jax.cli import _sample_solver, sample
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.producer import clip_noise
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
 from crcm_jax.models.vision.clip import CLIPVision
-from crcm_jax.models.wan import library
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.sampling import Few, Ode, Whole, generate_whole, teacher_times
-from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling.schedule import MID_TIMES, ContextRule, Schedule
 from crcm_jax.saving.weights import save_params
 from crcm_jax.train.identity import as_json
 
@@ -35,8 +35,7 @@ def words(folder, *more, model="small"):
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(library.RELEASES, "small", SMALL)
-        patch.setitem(library.RELEASES, "small-i2v", SMALL_I2V)
+        small_release.register(patch)
         yield
 
 
@@ -51,7 +50,7 @@ def run(tmp_path_factory):
     config = get_config("sf_dmd")
     config.model.update(dict(dim=16, ffn_dim=16, heads=2, layers=1))
     path = tmp_path_factory.mktemp("runs") / "student.safetensors"
-    params = tiny.parameters(build.network(config))
+    params = tiny.parameters(recipes.student(config))
     save_params(path, params, dict(training=config.training, config=as_json(config)))
     return path
 
@@ -94,14 +93,13 @@ def test_a_bidirectional_model_makes_the_clip_at_once(weights, tmp_path, capsys)
     assert sample.main([*words(weights, *more), "--prompt=a dog", f"--out={tmp_path / 'a.png'}"]) == 0
     told = capsys.readouterr()
     assert "at once, unipc, 3 steps, shift 4, guidance 2" in told.err and "3 steps of" in told.out
-    network = WanTransformer(SMALL.transformer)
-    encode = library.load_text_encoder(SMALL, weights)
+    model = pipeline.load("small", weights=weights)
+    encode = model.text_encoder()
     cond, uncond = (Condition(encode([text])) for text in ("a cat walks", "a dog"))
     noise = clip_noise([5], (3, 6, 4, 16), 0).initial
     options = {"times": teacher_times(3, 4.0), "uncond": uncond, "guidance": 2.0}
-    latents = generate_whole(network, library.load_transformer(network, weights), cond, noise, **options)
-    vae, params = library.load_vae(SMALL, weights)
-    write_video(tmp_path / "expected.png", np.asarray(vae.decode(params, latents))[0])
+    latents = generate_whole(model.bound, cond, noise, **options)
+    write_video(tmp_path / "expected.png", np.asarray(model.codec.decode(model.codec_params, latents))[0])
     expected = iio.imread(tmp_path / "expected.png").astype(int)
     found = iio.imread(tmp_path / "a-0.png").astype(int)
     assert np.abs(found - expected).max() <= 1 and expected.std() > 10
@@ -140,11 +138,43 @@ def test_a_run(run, tmp_path, capsys):
     assert len(frames) == 9 and frames.shape[1] == 2 * frames.shape[2]  # one above the other
 
 
+def wan_run(folder):
+    """A checkpoint of a Wan run, small: a transformer alone."""
+    config = wan2_1.get_config("sf_dmd")
+    with config.unlocked():
+        config.model, config.codec = dict(small_release.ROW.model), dict(small_release.ROW.codec)
+        config.text = {**small_release.ROW.text, "weights": "", "tokenizer": ""}
+    config.data.update({"frames": 9, "height": 16, "width": 24})
+    params = tiny.parameters(WanTransformer(SMALL.transformer))
+    save_params(folder / "run.safetensors", params, {"training": config.training, "config": as_json(config)})
+    return folder / "run.safetensors"
+
+
+def test_a_wan_run_with_the_parts_that_it_lacks(weights, tmp_path, capsys):
+    """Its clips are those of the same weights in a published model's folder."""
+    run = wan_run(tmp_path)
+    more = ["--prompt=a cat walks", "--steps=2"]
+    assert sample.main([f"--checkpoint={run}", f"--weights={weights}", *more, f"--out={tmp_path / 'a.png'}"]) == 0
+    assert "trained as sf_dmd" in capsys.readouterr().err
+    for file in weights.iterdir():
+        (tmp_path / file.name).symlink_to(run if file.name == "transformer.safetensors" else file)
+    assert sample.main([*words(tmp_path, "--steps=2"), f"--out={tmp_path / 'b.png'}"]) == 0
+    found, expected = (iio.imread(tmp_path / f"{name}.png") for name in "ab")
+    np.testing.assert_array_equal(found, expected)
+    assert expected.std() > 10
+
+
 def test_a_run_without_its_autoencoder(tmp_path):
-    config = {"codec": {"name": "wan_vae"}}
-    save_params(tmp_path / "a.safetensors", {"w": np.ones(3)}, {"training": "sf_dmd", "config": config})
-    with pytest.raises(UserError, match="crcm convert --layout=ours as transformer"):
-        sample.main([f"--checkpoint={tmp_path / 'a.safetensors'}", "--prompt=a"])
+    with pytest.raises(UserError, match=r"a transformer alone: --weights=DIR must name a folder with its vae\.safe"):
+        sample.main([f"--checkpoint={wan_run(tmp_path)}", "--prompt=a"])
+
+
+def test_a_student_along_an_ode_is_warned_of(run, tmp_path, capsys):
+    words = [f"--checkpoint={run}", "--prompt=a three moves up", f"--out={tmp_path / 'a.gif'}"]
+    assert sample.main([*words, "--ode=2"]) == 0
+    assert "warning: this model was trained as sf_dmd, to jump in few steps" in capsys.readouterr().err
+    assert sample.main([*words, "--steps=1"]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,13 +245,17 @@ def test_options_and_weights_choose_the_sampler():
     config = {"rollout": {"steps": [2, 1], "times": [[0.5], []]}, "sample": {"ode_steps": 24, "guidance": 2.5}}
     student, teacher, whole = ({"training": name, "config": config} for name in ("sf_dmd", "tf", "bidirectional"))
     mid = MID_TIMES
-    assert chosen({})[:2] == (Few(StepPlan((4,), (mid,), False, 1)), 1.0)
+    assert chosen({})[:2] == (Few(Schedule((4,), (mid,)), ContextRule(False, 1)), 1.0)
     assert "the weights do not say what they are: --sampler=unipc is for bidirectional" in chosen({})[2]
-    assert chosen({}, "--steps=4,2")[0] == Few(StepPlan((4, 2), (mid, (5 / 6,)), False, 1))
-    assert chosen({}, "--steps=4,2", "--noisy-context")[0] == Few(StepPlan((4, 2), (mid, (5 / 8,)), True, 1))
-    assert chosen(student)[:2] == (Few(StepPlan((2, 1), ((0.5,), ()), False, 1)), 1.0)
+    assert chosen({}, "--steps=4,2")[0] == Few(Schedule((4, 2), (mid, (5 / 6,))), ContextRule(False, 1))
+    assert chosen({}, "--steps=4,2", "--noisy-context")[0] == Few(
+        Schedule((4, 2), (mid, (5 / 8,))), ContextRule(True, 1)
+    )
+    assert chosen(student)[:2] == (Few(Schedule((2, 1), ((0.5,), ())), ContextRule(False, 1)), 1.0)
     assert chosen(student)[2] == "chunk by chunk, 2,1 steps (trained as sf_dmd)"
-    assert chosen(student, "--steps=1", "--mid=1/2", "--context-start=2")[0].plan == StepPlan((1,), ((0.5,),), False, 2)
+    assert chosen(student, "--steps=1", "--mid=1/2", "--context-start=2")[0] == Few(
+        Schedule((1,), ((0.5,),)), ContextRule(False, 2)
+    )
     assert chosen({}, "--ode=50")[:2] == (Ode(50, 3.0), 3.0)
     assert chosen(teacher)[:2] == (Ode(24, 3.0), 2.5)
     assert chosen(teacher, "--ode=9", "--shift=5", "--guidance=3")[:2] == (Ode(9, 5.0), 3.0)
@@ -270,10 +304,8 @@ def test_wrong_weights_are_named(weights, tmp_path):
 
 
 def test_what_is_read_has_the_dtypes_that_are_used(weights):
-    params = library.load_transformer(WanTransformer(SMALL.transformer), weights)
-    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
-    assert kinds == {"float32"}
-    half = WanTransformer(dataclasses.replace(SMALL.transformer, dtype="bfloat16"))
-    params = library.load_transformer(half, weights)
-    assert params["blocks"]["ffn"]["up"]["kernel"].dtype == "bfloat16"
-    assert params["blocks"]["modulation"].dtype == params["outside"]["head"]["kernel"].dtype == "float32"
+    model = pipeline.load("small", weights=weights)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.bound.params)} == {"float32"}
+    half = dataclasses.replace(model, fields={**model.fields, "dtype": "bfloat16"}).bound.params
+    assert half["blocks"]["ffn"]["up"]["kernel"].dtype == "bfloat16"
+    assert half["blocks"]["modulation"].dtype == half["outside"]["head"]["kernel"].dtype == "float32"

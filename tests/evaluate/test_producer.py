@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from configs.digits import get_config
-from crcm_jax import build
+from crcm_jax import pipeline, recipes
 from crcm_jax.__main__ import dispatch
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer, run
-from crcm_jax.sampling import Ode
+from crcm_jax.sampling import ContextRule, Few, Ode, Schedule, Whole
 from crcm_jax.saving.weights import save_params
 from crcm_jax.train.identity import as_json
 
@@ -26,7 +26,7 @@ def tiny(variant="sf_dmd"):
 def random_params(config):
     """Weights without zeros: a fresh network's head is zero, and its clips would depend on nothing but their noise."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(build.network(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(recipes.student(config).init, jax.random.key(0))
     return jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
 
 
@@ -50,36 +50,37 @@ def test_seed_is_all_of_a_clips_noise():
 
 
 def test_clips_depend_on_prompt_seed_steps_and_nothing_else(checkpoint):
-    config, params, _ = producer.load(checkpoint)
-    produce = producer.producer(config, params, producer.few_step_solver(config, (2,)))
+    model = pipeline.load(checkpoint)
+    produce = producer.producer(model, producer.few_step_solver(model.config, (2,)))
     prompts = ["a three moves up", "a three moves up", "a seven moves left"]
     clips = produce(prompts, [0, 1, 0])
     assert clips.shape == (3, 9, 16, 16, 1) and np.abs(clips).max() <= 1
     np.testing.assert_allclose(produce(prompts[::-1], [0, 1, 0]), clips[::-1], atol=1e-5)
-    other = producer.producer(config, params, producer.few_step_solver(config, (1,)))(prompts, [0, 1, 0])
+    other = producer.producer(model, producer.few_step_solver(model.config, (1,)))(prompts, [0, 1, 0])
     for a, b in ((clips[0], clips[1]), (clips[0], clips[2]), (clips, other)):
         assert np.abs(a - b).max() > 1e-3
 
 
 def test_guidance_and_the_empty_prompt_reach_the_sampler(checkpoint, monkeypatch):
-    config, params, _ = producer.load(checkpoint)
-    given = {}
+    loaded, given = pipeline.load(checkpoint), {}
 
-    def generate(network, params, cond, key, **options):
-        given.update(options)
+    def generate(model, cond, **options):
+        given.update(options, model=model)
         return jax.numpy.full(options["shape"], 9.0)
 
     monkeypatch.setattr(producer, "generate", generate)
-    clips = producer.producer(config, params, Ode(2), guidance=4.0)(["a one moves up"], [0])
-    assert given["guidance"] == 4.0 and given["solver"] == Ode(2) and given["chunks"].size == 1
-    assert given["uncond"].text.shape == (1, 12, 32) and not given["uncond"].text.any()
+    clips = producer.producer(loaded, Ode(2), guidance=4.0)(["a one moves up"], [0])
+    assert given["guidance"] == 4.0 and given["solver"] == Ode(2)
+    assert given["model"].network.chunks.size == 1 and given["model"].params is loaded.bound.params
+    text = given["uncond"].prompt["text"]
+    assert text.shape == (1, 12, 32) and not text.any()
     assert (clips == 1).all()  # and what comes out of range is clipped
 
 
 def test_schedules_come_from_the_command_or_the_run():
     config = tiny()
-    assert producer.few_step_solver(config, (3,)).plan.schedule(0) == (1.0, 15 / 16, 5 / 6)
-    assert producer.few_step_solver(config, (2, 1), (0.5,)).plan.schedule(0) == (1.0, 0.5)
+    assert producer.few_step_solver(config, (3,)).schedule.times(0) == (1.0, 15 / 16, 5 / 6)
+    assert producer.few_step_solver(config, (2, 1), (0.5,)).schedule.times(0) == (1.0, 0.5)
     for steps, mid, message in (
         ((2, 4), None, "never increase"),
         ((3,), (0.5,), "intermediate"),
@@ -123,19 +124,54 @@ def test_wrong_checkpoints_are_named(checkpoint, tmp_path):
         dispatch(["evaluate", f"--checkpoint={tmp_path}/none", "--steps=2"])
     with pytest.raises(UserError, match="never increase"):
         dispatch(["evaluate", f"--checkpoint={checkpoint}", "--steps=2,4"])
-    config = tiny("bidirectional")
-    save_params(tmp_path / "b.safetensors", random_params(config), dict(config=as_json(config)))
-    with pytest.raises(UserError, match="bidirectional and cannot stream"):
-        producer.load(tmp_path / "b.safetensors")
-    config = tiny()
-    params = random_params(config)
-    config.model.ffn_dim = 24  # says one thing and holds another
-    save_params(tmp_path / "c.safetensors", params, dict(training="sf_dmd", config=as_json(config)))
-    with pytest.raises(UserError, match="another architecture"):
-        producer.load(tmp_path / "c.safetensors")
-    save_params(tmp_path / "d.safetensors", params, {})
+    save_params(tmp_path / "d.safetensors", random_params(tiny()), {})
     with pytest.raises(UserError, match="does not say how it was configured"):
-        producer.load(tmp_path / "d.safetensors")
+        dispatch(["evaluate", f"--checkpoint={tmp_path}/d.safetensors", "--steps=2"])
+
+
+@pytest.fixture
+def judged(monkeypatch, tmp_path):
+    """`(training, options) -> (solver, guidance, JSON)` of the command, with nothing sampled or judged."""
+    given = {}
+
+    def note(model, solver, *, guidance):
+        given.update(solver=solver, guidance=guidance)
+
+    monkeypatch.setattr(producer, "producer", note)
+    monkeypatch.setattr(run, "judge", lambda config, **options: None)
+    monkeypatch.setattr(run, "evaluate", lambda *args, **options: {})
+
+    def evaluate(training, *words):
+        config, path = tiny(training), tmp_path / f"{training}.safetensors"
+        path.unlink(missing_ok=True)
+        save_params(path, random_params(config), dict(config=as_json(config)))
+        out = tmp_path / "scores.json"
+        assert dispatch(["evaluate", f"--checkpoint={path}", f"--out={out}", *words]) == 0
+        return given["solver"], given["guidance"], json.loads(out.read_text())
+
+    return evaluate
+
+
+def test_few_steps_are_spelt_as_in_sample(judged):
+    solver, guidance, scores = judged("sf_dmd", "--steps=3,2", "--mid=15/16,5/6;5/8", "--noisy-context")
+    assert solver == Few(Schedule((3, 2), ((15 / 16, 5 / 6), (5 / 8,))), ContextRule(True, 0)) and guidance == 1.0
+    assert (scores["steps"], scores["mid"]) == ([3, 2], [[15 / 16, 5 / 6], [5 / 8]])
+
+
+def test_bidirectional_checkpoints_make_whole_clips(judged):
+    euler = Whole("euler", 9, shift=3.0, sigma_max=1600.0)
+    assert judged("bidirectional", "--ode=9", "--guidance=2")[:2] == (euler, 2.0)
+    assert judged("bidirectional", "--steps=9", "--solver=unipc", "--shift=3")[0] == Whole("unipc", 9, shift=3.0)
+    assert judged("tf", "--ode=9", "--shift=5")[0] == Ode(9, 5.0)
+
+
+def test_samplers_of_another_kind_of_model_are_warned_of(judged, capsys):
+    judged("tf", "--steps=4")
+    assert "warning: this model was trained as tf, a diffusion model" in capsys.readouterr().err
+    judged("tf_scm", "--ode=4")
+    assert "to jump in few steps" in capsys.readouterr().err
+    judged("tf", "--ode=4")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_help_has_an_example(capsys):
