@@ -144,7 +144,7 @@ def wan_run(folder):
     with config.unlocked():
         config.model, config.codec = dict(small_release.ROW.model), dict(small_release.ROW.codec)
         config.text = {**small_release.ROW.text, "weights": "", "tokenizer": ""}
-    config.data.update({"frames": 9, "height": 16, "width": 24})
+    config.data.update({"frames": 9, "height": 24, "width": 16})
     params = tiny.parameters(WanTransformer(SMALL.transformer))
     save_params(folder / "run.safetensors", params, {"training": config.training, "config": as_json(config)})
     return folder / "run.safetensors"
