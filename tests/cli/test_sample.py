@@ -237,7 +237,7 @@ def test_impossible_clips_and_schedules_are_named_before_anything_is_read(more, 
 def chosen(meta, *more, whole=False):
     options, _ = sample.parse(words("nowhere", *more))
     solver, guidance = _sample_solver.choose(options, meta, whole=whole)
-    return solver, guidance, _sample_solver.describe(solver, guidance, meta)
+    return solver, guidance, _sample_solver.describe(solver, guidance, meta, whole=isinstance(solver, Whole))
 
 
 def test_options_and_weights_choose_the_sampler():
