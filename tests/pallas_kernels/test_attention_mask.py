@@ -7,28 +7,31 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import BlockCausal, Cached, Full, Intervals, TeacherForcing
+from pallas_kernels.attention import BlockCausal, Cached, Captioned, Full, Intervals, TeacherForcing
 from pallas_kernels.attention import mask as masks
-from pallas_kernels.attention.shapes import SMALL, WAN
+from pallas_kernels.attention import rows as visibility
+from pallas_kernels.attention.shapes import BY_ENTRY, SMALL, WAN
 
 
 def expand(rows, queries, keys):
     if rows is None:
         return np.ones((queries, keys), bool)
-    return np.asarray(masks.membership(rows, np.arange(keys)))
+    seen = np.asarray(visibility.membership(rows, np.arange(keys)))
+    return seen if rows.ndim == 2 else seen[:, 0, 0]
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", SMALL + BY_ENTRY, ids=lambda c: c.name)
 def test_intervals_follow_the_predicate(case):
     visible = case.mask.visible(case.queries, case.own, case.context)
     for name, predicate in oracle.allowed(case).items():
         rows = getattr(visible, name)
         np.testing.assert_array_equal(expand(rows, case.queries, case.segments[name]), predicate)
         if rows is not None:
-            lo1, hi1, lo2, hi2 = rows
+            lo1, hi1, lo2, hi2 = np.moveaxis(rows, -2, 0)
             assert rows.dtype == np.int32 and (lo1 <= hi1).all() and (hi1 <= lo2).all() and (lo2 <= hi2).all()
             assert hi2.max(initial=0) <= case.segments[name]
-    assert case.pairs() == {name: int(p.sum()) for name, p in oracle.allowed(case).items()}
+    pairs = {name: p.sum() / (len(p) if p.ndim == 3 else 1) for name, p in oracle.allowed(case).items()}
+    assert case.pairs() == pairs
 
 
 @pytest.mark.parametrize("window, sink", [(0, 0), (1, 0), (3, 0), (2, 1), (1, 2), (3, 2), (0, 2)])
@@ -52,9 +55,9 @@ def test_tile_ranges_cover_what_is_seen_and_only_claim_what_all_see(case, block_
             continue
         pad = -case.queries % block_q
         rows = np.pad(rows, ((0, 0), (0, pad)))
-        some, every = masks.tile_ranges(rows, block_q, block_k)
+        some, every = visibility.tile_ranges(rows, block_q, block_k)
         assert isinstance(some, np.ndarray)
-        traced = jax.jit(functools.partial(masks.tile_ranges, block_q=block_q, block_k=block_k))(rows)
+        traced = jax.jit(functools.partial(visibility.tile_ranges, block_q=block_q, block_k=block_k))(rows)
         jax.tree.map(np.testing.assert_array_equal, traced, (some, every))
         keys = case.segments[name]
         predicate = np.pad(predicate, ((0, pad), (0, -keys % block_k)))
@@ -73,7 +76,7 @@ def test_teacher_forcing_at_wan_size_visits_few_tiles_too_many():
     case = next(c for c in WAN if c.name == "tf_target_1")
     rows = case.mask.visible(case.queries, case.own, case.context).context
     rows = np.pad(rows, ((0, 0), (0, -case.queries % 128)))
-    some, every = masks.tile_ranges(rows, 128, 128)
+    some, every = visibility.tile_ranges(rows, 128, 128)
     visited = (some[1] - some[0] + some[3] - some[2]).sum() * 128 * 128
     assert visited < 1.06 * case.pairs()["context"]
     assert (every[1] - every[0]).sum() > 0.8 * (some[1] - some[0]).sum()
