@@ -121,7 +121,7 @@ def entries(mask: Mask, batch: int):
     """The values that a mask holds, for whoever cuts a batch up.
 
     Returns (values, structure, by_entry): `structure.unflatten(values)` is the mask, and by_entry[i] tells whether
-    values[i] is an array with one part for each batch entry, along its first axis.
+    values[i] is an array or tuple with one part for each batch entry, along its first axis.
 
     Raises:
       ValueError: where such an array is for another batch.
@@ -131,8 +131,7 @@ def entries(mask: Mask, batch: int):
         return mask.entry_rank == 1 and isinstance(x, tuple)
 
     values, structure = jax.tree.flatten(mask, is_leaf=tuple_of_entries)
-    values = [namespace(x)[1] if isinstance(x, tuple) else x for x in values]
-    by_entry = [np.ndim(x) >= mask.entry_rank for x in values]
+    by_entry = [isinstance(x, tuple) or np.ndim(x) >= mask.entry_rank for x in values]
     for value in (x for x, each in zip(values, by_entry) if each):
         check_batch(len(value), batch)
     return values, structure, by_entry
@@ -162,7 +161,9 @@ def _rows_from_pairs(pairs, queries, keys, name):
     if pairs is None:
         return None
     if len(pairs) > 2 or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"mask: Intervals.{name} takes at most two pairs (lo, hi), each [N], [B, N], [B, 1] or a scalar")
+        raise ValueError(
+            f"mask: Intervals.{name} takes at most two pairs (lo, hi), each [N], [B, N], [B, 1] or a scalar"
+        )
     shapes = [np.shape(x) for pair in pairs for x in pair]
     batches = {shape[0] for shape in shapes if len(shape) == 2}
     for shape in shapes:

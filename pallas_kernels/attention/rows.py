@@ -26,9 +26,7 @@ def pack(xp, queries: int, keys: int, first, second):
     """
     entries = {np.shape(x)[0] for x in (*first, *second) if np.ndim(x) == 2}
     shape = (*entries, queries)
-    lo1, hi1, lo2, hi2 = (
-        xp.broadcast_to(xp.clip(xp.asarray(x, np.int32), 0, keys), shape) for x in (*first, *second)
-    )
+    lo1, hi1, lo2, hi2 = (xp.broadcast_to(xp.clip(xp.asarray(x, np.int32), 0, keys), shape) for x in (*first, *second))
     swap = (lo2 < lo1) & (lo2 < hi2) | (lo1 >= hi1)
     lo1, hi1, lo2, hi2 = (xp.where(swap, a, b) for a, b in ((lo2, lo1), (hi2, hi1), (lo1, lo2), (hi1, hi2)))
     hi1 = xp.maximum(lo1, hi1)

@@ -85,6 +85,7 @@ SMALL = (
     Case("empty_tiles", _late(200, 140), 200, 150),
 )
 
+
 def _by_entry(queries, own):
     """Ends of every form: one a query, one a batch entry, one for each pair of them, one for all; three entries."""
     row, entry = np.arange(queries, dtype=np.int32), np.arange(3, dtype=np.int32)[:, None]
@@ -116,6 +117,16 @@ WAN = (
     Case("decode_1", Cached(_CLIP - FRAME), FRAME, FRAME, _CLIP - FRAME, **_WAN),
     Case("decode_3", Cached(_CLIP - 3 * FRAME), 3 * FRAME, 3 * FRAME, _CLIP - 3 * FRAME, **_WAN),
 )
+
+WAN_CAPTIONS = (
+    Case(
+        "tf_captions_3", Captioned(TeacherForcing(3 * FRAME, 3 * FRAME), (77, 512), 512),
+        _CLIP, _CLIP, _CLIP + 512, batch=2, heads=16, kv_heads=8, dim=128,
+    ),
+    Case("decode_captions_3", Cached(_CLIP - 3 * FRAME, 512, (77, 512)), 3 * FRAME, 3 * FRAME, _CLIP - 3 * FRAME,
+         batch=2, heads=16, kv_heads=8, dim=128),
+)  # fmt: skip
+"""Two captions of different lengths at the front of the context, and grouped heads."""
 
 
 def case(name: str, cases=WAN) -> Case:

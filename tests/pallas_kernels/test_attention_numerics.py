@@ -86,7 +86,8 @@ def measure(case, implementation, inputs, tangents):
     g = jnp.asarray(rng.normal(size=q.shape), q.dtype)
     seen = functools.reduce(np.logical_or, [m.any(-1) for m in oracle.allowed(case).values()])
     g_lse = jnp.asarray(
-        np.where(seen if seen.ndim == 1 else seen[:, None], rng.normal(size=(case.batch, case.heads, case.queries)), 0), jnp.promote_types(q.dtype, F32)
+        np.where(seen if seen.ndim == 1 else seen[:, None], rng.normal(size=(case.batch, case.heads, case.queries)), 0),
+        jnp.promote_types(q.dtype, F32),
     )
     return everything(inputs, tangents, (g, g_lse)), (g, g_lse)
 

@@ -125,7 +125,9 @@ def _kernel(
             k_ring.release(item)
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], batch, base, s.shape, tile * blocks.tile), s, -jnp.inf),
+                lambda s: jnp.where(
+                    tiles.seen_by(rows[segment], batch, base, s.shape, tile * blocks.tile), s, -jnp.inf
+                ),
                 lambda s: s,
                 s,
             )

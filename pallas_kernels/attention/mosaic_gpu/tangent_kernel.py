@@ -171,7 +171,9 @@ def _kernel(
                 rings["dk"].release(item["dk"])
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], batch, base, s.shape, tile * blocks.tile), s, -jnp.inf),
+                lambda s: jnp.where(
+                    tiles.seen_by(rows[segment], batch, base, s.shape, tile * blocks.tile), s, -jnp.inf
+                ),
                 lambda s: s,
                 s,
             )
