@@ -136,7 +136,7 @@ class Placement:
         self.check(q.shape[2], k.shape[2])
         values, structure, by_entry = entries(mask, q.shape[0])
         samples = self._over_samples(q.shape[0])
-        # A mask of integers stays one, for kernels to plan with; traced values, and cut ones, are arguments like any other.
+        # A mask of integers stays one, for kernels to plan with; traced and cut values are arguments like any other.
         moves = [
             any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)) or (each and samples is not None)
             for x, each in zip(values, by_entry)

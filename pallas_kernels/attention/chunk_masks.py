@@ -120,7 +120,7 @@ class Captioned(Mask):
     def visible(self, queries, own, context):
         if not isinstance(self.mask, (Full, BlockCausal, TeacherForcing)):
             raise ValueError(
-                f"mask: Captioned cannot hold {type(self.mask).__name__}: use Full, BlockCausal or TeacherForcing in it, "
+                f"mask: Captioned cannot hold {type(self.mask).__name__}: use Full, BlockCausal or TeacherForcing, "
                 "or Cached(sink=lengths) or Intervals alone"
             )
         if context is None:
@@ -128,11 +128,11 @@ class Captioned(Mask):
         rest = context - self.tokens
         if rest < 0:
             raise ValueError(
-                f"mask: Captioned.tokens is {self.tokens} and the context has {context}: pass the whole caption buffer"
+                f"mask: Captioned.tokens is {self.tokens} and the context has {context}: pass the whole buffer"
             )
         inner = self.mask.visible(queries, own, rest or None)
         xp, lengths = per_entry(self, "lengths")
-        if xp is np and not np.all((0 <= lengths) & (lengths <= self.tokens)):
+        if xp is np and not np.all((lengths >= 0) & (lengths <= self.tokens)):
             raise ValueError(f"mask: Captioned.lengths {self.lengths} do not lie in a buffer of {self.tokens} tokens")
         lo, hi = 0, rest
         if inner.context is not None:

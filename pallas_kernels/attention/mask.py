@@ -1,8 +1,8 @@
 """Masks as descriptions: which keys a query row may see, as at most two key intervals per row and segment.
 
 A mask never becomes an array of pairs. Every description normalises, by arithmetic on row numbers, to the intervals of
-`rows`: one int32 array `[4, N]` a segment, `[B, 4, N]` where batch entries see different keys, or `None`, which says that
-every query sees every key.
+`rows`: one int32 array `[4, N]` a segment, `[B, 4, N]` where batch entries see different keys, or `None`, which says
+that every query sees every key.
 
 Descriptions made of Python integers normalise to NumPy arrays, so that schedules can be planned while tracing; with
 traced fields the same arithmetic runs in JAX.
@@ -72,7 +72,7 @@ class Cached(Mask):
         if context is None:
             raise ValueError("mask: Cached describes a cache: pass it as context=(k, v)")
         xp, stop, start, sink = per_entry(self, "stop", "start", "sink")
-        if xp is np and not np.all((start >= 0) & (sink >= 0) & (0 <= stop) & (stop <= context)):
+        if xp is np and not np.all((start >= 0) & (sink >= 0) & (stop >= 0) & (stop <= context)):
             raise ValueError(f"mask: {self} does not lie in a context of {context} tokens")
         return Visible(None, pack(xp, queries, context, (0, xp.minimum(sink, stop)), (start, stop)))
 

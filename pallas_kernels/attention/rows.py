@@ -1,9 +1,9 @@
 """Which keys a query row may see, as arrays: the one form that every mask normalises to and every kernel consumes.
 
-`rows` is an int32 array `[4, N]` whose rows are (lo₁, hi₁, lo₂, hi₂). Query n sees the keys [lo₁, hi₁) ∪ [lo₂, hi₂) of a
-segment; the two are ordered and disjoint, and an empty interval is any lo = hi. Where batch entries see different keys,
-it is `[B, 4, N]`: entry b has the rows `rows[b]`. Rows that a whole batch shares keep two axes, and cost what two axes
-cost. NumPy arrays are known while tracing, so that schedules can be planned with them; others are planned at run time.
+`rows` is an int32 array `[4, N]` whose rows are (lo₁, hi₁, lo₂, hi₂). Query n sees the keys [lo₁, hi₁) ∪ [lo₂, hi₂) of
+a segment; the two are ordered and disjoint, and an empty interval is any lo = hi. Where batch entries see different
+keys, it is `[B, 4, N]`: entry b has `rows[b]`. Rows that a whole batch shares have two axes, and plans one fewer. NumPy
+arrays are known while tracing, so that schedules can be planned with them; others are planned at run time.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_static_masks_hash_and_compare():
         (BlockCausal(4, 4, offset=np.int32([0, 1])), (8, 12, None), "one for the whole batch"),
         (Captioned(Cached(3), 2, 4), (8, 8, 8), "cannot hold Cached"),
         (Captioned(Full(), 2, 4), (8, 8, None), "pass context"),
-        (Captioned(Full(), 2, 9), (8, 8, 8), "whole caption buffer"),
+        (Captioned(Full(), 2, 9), (8, 8, 8), "whole buffer"),
         (Captioned(Full(), (2, 5), 4), (8, 8, 8), "do not lie in a buffer of 4"),
         (Captioned(TeacherForcing(2, 2, window=2, sink=1), 2, 4), (8, 8, 12), "window or sink, not both"),
         (Captioned(BlockCausal(2, 2), 2, 4), (8, 8, 12), "drop context"),

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def rows_of(segments, queries: int) -> list:
-    """Key intervals of segments, also where everything is visible; of each batch entry, if in one segment they differ."""
+    """`rows` of segments, also where everything is visible; of each batch entry, if in one segment they differ."""
     return visibility.together(
         [visibility.everything(queries, s.k.shape[1]) if s.rows is None else s.rows for s in segments]
     )
