@@ -129,7 +129,7 @@ class Placement:
         """`attention(q, k, v, context=…, mask=…)` of each device's samples and heads, as `to_heads` has laid them.
 
         The compiler cannot cut a kernel's call, so that each device makes a call of its own. What a mask holds for each
-        sample is cut as samples are. ValueError where heads do not divide over the mesh, or a mask is for another batch.
+        sample is cut as samples are. ValueError where heads do not divide over the mesh, or a mask fits another batch.
         """
         if self.mesh is None:
             return attention(q, k, v, context=context, mask=mask)

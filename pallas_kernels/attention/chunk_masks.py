@@ -109,8 +109,8 @@ class Captioned(Mask):
     The context is `[caption buffer of tokens | what mask calls context]`, or the buffer alone where `mask` has no
     context. Buffers are of one size, captions need not be: beyond a caption's length nobody sees anything.
 
-    mask: `Full`, `BlockCausal` or `TeacherForcing`. lengths: tokens of the captions, an int or a traced int32 scalar; or
-    one a batch entry, as for `Cached`. tokens: of the buffer.
+    mask: `Full`, `BlockCausal` or `TeacherForcing`. lengths: tokens of the captions, an int or a traced int32 scalar;
+    or one a batch entry, as for `Cached`. tokens: of the buffer.
     """
 
     mask: Mask

@@ -99,7 +99,7 @@ BY_ENTRY = (
     Case("captions", Captioned(TeacherForcing(20, 40), (29, 5, 0), 37), 140, 140, 177, batch=3, heads=4, kv_heads=2),
     Case("captions_alone", Captioned(BlockCausal(13, 47), (70, 133), 150), 107, 107, 150, batch=2, dim=128),
     Case("captions_window", Captioned(TeacherForcing(20, 40, window=2), (3, 21), 21), 180, 180, 201, batch=2),
-    Case("captions_cached", Cached((190, 67, 150), 67, (67, 5, 31)), 60, 60, 200, batch=3, heads=6, kv_heads=2),
+    Case("captions_cached", Cached((67, 190, 150), 67, (5, 67, 31)), 60, 60, 200, batch=3, heads=6, kv_heads=2),
     Case("intervals_by_entry", _by_entry(150, 170), 150, 170, 90, batch=3),
 )
 """Batch entries see different keys."""

@@ -14,7 +14,7 @@ from pallas_kernels.attention import BlockCausal, Cached, Captioned, Full, Inter
 
 
 def allowed(case):
-    """Boolean `[queries, keys]` per segment, from the mask's predicate; with a batch axis ahead where entries differ."""
+    """Boolean `[queries, keys]` per segment, from the mask's predicate; with a batch axis where entries differ."""
     mask, queries = case.mask, case.queries
     i = np.arange(queries)[:, None]
     j = {name: np.arange(length)[None] for name, length in case.segments.items()}

@@ -25,7 +25,7 @@ SHARED = (
     "cached_window", "intervals", "empty_rows", "empty_tiles",
 )  # fmt: skip
 ROUNDED, EXACT = 6e-3, 1e-3
-"""Limits for results in bfloat16, of which an ideal kernel is 2.5e-3 away, and for float32 ones made of its products."""
+"""Limits for results in bfloat16, which an ideal kernel misses by 2.5e-3, and for float32 ones."""
 LIMITS = {"o": ROUNDED, "lse": EXACT, "do": ROUNDED, "dlse": EXACT, "dq": ROUNDED, "dk": ROUNDED, "dv": ROUNDED}
 
 

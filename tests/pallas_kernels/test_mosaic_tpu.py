@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import Cached, Full, TeacherForcing, attention, mosaic_tpu
+from pallas_kernels.attention import Cached, Captioned, Full, TeacherForcing, attention, mosaic_tpu
 from pallas_kernels.attention.backend import Segment
 from pallas_kernels.attention.mosaic_tpu import plan as plans
 from pallas_kernels.attention.mosaic_tpu.blocks import KERNELS, blocks_for
@@ -173,6 +173,23 @@ def test_other_head_dims(dim, groups):
     assert max(jax.tree.leaves(found)) < 3e-6, found
 
 
+def test_rows_of_each_batch_entry_lower_for_a_tpu():
+    """The plans' lists, of as many steps as the longest, are traced here: their lengths come with the call."""
+    q, k, context = (jax.ShapeDtypeStruct((2, *shape, 128), jnp.bfloat16) for shape in ((160, 4), (160, 2), (197, 2)))
+
+    def derivatives(q, k, context, lengths):
+        mask = Captioned(TeacherForcing(80, 80), lengths, 37)
+
+        def call(q, k):
+            return attention(q, k, k, context=(context, context), mask=mask, implementation="mosaic_tpu")
+
+        return jax.jvp(call, (q, k), (q, k)), jax.vjp(call, q, k)[1](q)
+
+    with mosaic_tpu.compile_for("v6e"):
+        traced = jax.jit(derivatives).trace(q, k, context, jax.ShapeDtypeStruct((2,), jnp.int32))
+        assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 4
+
+
 def test_elsewhere_an_explicit_choice_says_why():
     if jax.default_backend() == "tpu":
         pytest.skip("there is a TPU")
@@ -200,7 +217,7 @@ def test_a_call_too_long_for_its_plan_is_refused():
         return attention(x, x, x, context=(x, x), mask=mask, implementation="mosaic_tpu")
 
     x = jax.ShapeDtypeStruct((2, 50_000, 1, 128), jnp.bfloat16)
-    with mosaic_tpu.compile_for("v5e"), pytest.raises(ValueError, match="2 batch entries of .* split the batch"):
+    with mosaic_tpu.compile_for("v5e"), pytest.raises(ValueError, match=r"2 batch entries of .* split the batch"):
         jax.eval_shape(call_of_two, x)
 
 
