@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.attention import BlockCausal, Full, api, attention
+from pallas_kernels.attention import BlockCausal, Cached, Full, api, attention
 
 
 def ones(*shape, dtype=jnp.float32):
@@ -47,6 +47,8 @@ def test_bad_choices():
         attention(Q, K, K, implementation="flash")
     with pytest.raises(ValueError, match=r"^mask: ndarray is no mask"):
         attention(Q, K, K, mask=np.ones((8, 6)))
+    with pytest.raises(ValueError, match=r"^mask: has values for 3 batch entries and q has 1"):
+        attention(Q, K, K, context=(K, K), mask=Cached((1, 2, 3)))
     with pytest.raises(ValueError, match=r"^mask: BlockCausal"):
         attention(Q, K, K, context=(K, K), mask=BlockCausal(2, 2))
 

@@ -64,7 +64,7 @@ class WanTransformer:
     unrolled: bool = False
 
     def __post_init__(self):
-        self.placement.check(self.config.heads)
+        self.placement.check(*self.heads)
 
     @property
     def rules(self):

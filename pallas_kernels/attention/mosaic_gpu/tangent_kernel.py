@@ -99,7 +99,7 @@ def _kernel(
 ):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # late queries see most: start the long programs first
-    steps = [plans.Steps(table, block) for table in tables]
+    steps = [plans.Steps(table, batch, block) for table in tables]
     total = sum(s.count for s in steps)
     rings = {name: Ring(*scratch, blocks.stages) for name, scratch in rings.items()}
     sources = [{name: ref for name, ref in refs.items() if ref is not None} for refs in sources]
@@ -171,7 +171,9 @@ def _kernel(
                 rings["dk"].release(item["dk"])
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], base, s.shape, tile * blocks.tile), s, -jnp.inf),
+                lambda s: jnp.where(
+                    tiles.seen_by(rows[segment], batch, base, s.shape, tile * blocks.tile), s, -jnp.inf
+                ),
                 lambda s: s,
                 s,
             )
