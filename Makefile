@@ -13,7 +13,6 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
 demo: $(READY)  ## Distil a streaming student of moving digits; FROM_SCRATCH=1 trains its teacher too.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import torch
 
 from benchmarks.wan import seconds
-from convert.tables import wan_transformer as tables
+from crcm_jax.convert.tables import wan_transformer as tables
 from crcm_jax.models.base import Condition
 from crcm_jax.models.wan.config import WanConfig
 from crcm_jax.models.wan.transformer import WanTransformer

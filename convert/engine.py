@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert import arrays, models, outputs
-from convert.arrays import TRANSFORMS, Spec, shape_after
-from convert.models import STACKED, Model
-from convert.sources import Source, open_source
+from crcm_jax.convert import arrays, models, outputs
+from crcm_jax.convert.arrays import TRANSFORMS, Spec, shape_after
+from crcm_jax.convert.models import STACKED, Model
+from crcm_jax.convert.sources import Source, open_source
 from crcm_jax.errors import UserError
 
 LAYOUTS = ("native", "diffusers", "rcm", "ours")

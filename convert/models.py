@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from convert.arrays import TRANSFORMS, Spec, shape_after
-from convert.tables import clip_vision, umt5, wan_transformer, wan_vae
+from crcm_jax.convert.arrays import TRANSFORMS, Spec, shape_after
+from crcm_jax.convert.tables import clip_vision, umt5, wan_transformer, wan_vae
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.models.text.umt5 import UMT5Config
 from crcm_jax.models.vae.config import WanVAEConfig

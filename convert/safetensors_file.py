@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.arrays import WIDTHS, Spec, raw
+from crcm_jax.convert.arrays import WIDTHS, Spec, raw
 from crcm_jax.errors import UserError
 
 _LONGEST_HEADER = 100 << 20
