@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Huge pages: XLA's buffers come and go with every step, and zeroing them page by page costs a third of it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint format parity clean
+.PHONY: demo test test-fast lint types format parity clean
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -18,12 +18,15 @@ $(READY): requirements.txt pyproject.toml
 demo: $(READY)  ## Distil a streaming student of moving digits; FROM_SCRATCH=1 trains its teacher too.
 	$(BIN)/crcm demo --workdir=out/demo $(if $(FROM_SCRATCH),--from-scratch)
 
-test: lint  ## Lint, then every test.
+test: lint types  ## Lint and types, then every test.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)  ## Types of what is installed.
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

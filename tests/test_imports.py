@@ -61,12 +61,15 @@ def statements(node: ast.AST, loading: bool) -> Iterator[ast.stmt]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
-        elif loading and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        elif loading and isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        else:
+        elif not (loading and later(child)):
             yield from statements(child, loading)
+
+
+def later(node: ast.AST) -> bool:
+    """Whether what stands in `node` does not run while the module is loaded."""
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 def imported(module: str, loading: bool = False) -> set[str]:

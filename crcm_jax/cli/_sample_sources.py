@@ -85,7 +85,8 @@ def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Sour
     chunks = None if isinstance(solver, Whole) else build.chunk_pattern(config)
     picture = _picture(options.image, chunks)
     codec, data = build.codec(config), config.data
-    heads, weights = build.network(config).config.heads, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    network: Any = build.network(config)
+    heads, weights = network.config.heads, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     mesh = choose(options.mesh, len(prompts), heads, weights)
     if mesh is not None:
         params = jax.device_put(params, rules.shardings(params, mesh))
@@ -197,7 +198,8 @@ def _size(found: library.Release, picture) -> tuple[int, int]:
     """Width and height of a clip that are not given: the usual ones, or the image's proportions at their area."""
     if picture is None:
         return SIZE
-    return size_of(*picture.size, SIZE[0] * SIZE[1], found.vae.stride[1] * found.transformer.patch[1])
+    width, height = picture.size
+    return size_of(width, height, SIZE[0] * SIZE[1], found.vae.stride[1] * found.transformer.patch[1])
 
 
 def _pixels(picture, width: int, height: int, channels: int = 3) -> jax.Array:

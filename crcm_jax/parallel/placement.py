@@ -77,7 +77,7 @@ class Placement:
 
         Each device gets equally many, and of the clip a multiple of `ALIGNED`.
         """
-        if self._tokens_whole():
+        if self.mesh is None or self._tokens_whole():
             return tokens
         devices = self.mesh.shape[TOKENS]
         share = -(-tokens // devices)
@@ -130,7 +130,8 @@ class Placement:
         def local(arrays, moving):
             q, k, v, context = arrays
             moving = iter(moving)
-            mask = structure.unflatten([next(moving) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
+            filled = [next(moving) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+            mask = jax.tree.unflatten(structure, filled)
             return attention(q, k, v, context=context, mask=mask)
 
         by_heads = self._by_heads(q.shape[0])
@@ -162,11 +163,12 @@ class Placement:
         params: a tree whose leaves' names, after `name`, are those that `rules` knows.
         dtype: what matrices are cast to before they travel, or None to leave them as they are.
         """
-        if self.mesh is None or self.gathered:
+        mesh = self.mesh
+        if mesh is None or self.gathered:
             return params
 
         def leaf(path, x):
-            of = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", x.shape, self.mesh
+            of = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", x.shape, mesh
             (cut, _), (pieces, _) = rules.spec(*of), rules.spec(*of, pieces=True)
             if cut == pieces and "fsdp" not in cut:
                 return x

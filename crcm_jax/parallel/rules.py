@@ -99,14 +99,12 @@ def in_pieces(tree: Any, mesh: Mesh) -> Any:
 def cut_gradients(algorithm: Algorithm, mesh: Mesh) -> Algorithm:
     """`algorithm` with its gradients in pieces: summed by reduce-scatter, never held whole."""
 
-    def cut(grad_fn: GradFn | None) -> GradFn | None:
-        if grad_fn is None:
-            return grad_fn
-
+    def cut(grad_fn: GradFn) -> GradFn:
         def placed(params, *args):
             result, grads = grad_fn(params, *args)
             return result, in_pieces(grads, mesh)
 
         return placed
 
-    return dataclasses.replace(algorithm, student=cut(algorithm.student), critic=cut(algorithm.critic))
+    critic = algorithm.critic
+    return dataclasses.replace(algorithm, student=cut(algorithm.student), critic=critic and cut(critic))

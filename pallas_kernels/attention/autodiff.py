@@ -43,8 +43,8 @@ class Call:
         if self.mask is not None:
             lengths = arrays[0].shape[1], own[0].shape[1], None if context is None else context[0].shape[1]
             rows = self.mask.visible(*lengths)
-        segments = (Segment(*own, rows[0]),)
-        return segments if context is None else (*segments, Segment(*context, rows[1]))
+        pairs = (own,) if context is None else (own, context)
+        return tuple(Segment(k, v, of_segment) for (k, v), of_segment in zip(pairs, rows))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

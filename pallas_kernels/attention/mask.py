@@ -202,7 +202,8 @@ def tile_ranges(rows, block_q: int, block_k: int):
     xp = np if isinstance(rows, np.ndarray) else jnp
     rows = rows.reshape(4, -1, block_q)
     big = np.iinfo(np.int32).max
-    some, every = [], []
+    some: list[Any] = []
+    every: list[Any] = []
     for lo, hi in ((rows[0], rows[1]), (rows[2], rows[3])):
         empty = lo >= hi
         first = xp.where(empty, big, lo).min(axis=1) // block_k

@@ -23,7 +23,8 @@ def table(start, frames: int, total: int, height: int, width: int, head_dim: int
     per-axis tables become constants of the program.
     """
     shape = (frames, height, width)
-    cosines, sines = [], []
+    cosines: list[jax.Array] = []
+    sines: list[jax.Array] = []
     for axis, (length, channels) in enumerate(zip((total, height, width), axis_widths(head_dim))):
         angle = np.arange(length)[:, None] * BASE ** (-2.0 * np.arange(channels // 2) / channels)
         for values, out in ((np.cos(angle), cosines), (np.sin(angle), sines)):
@@ -33,4 +34,5 @@ def table(start, frames: int, total: int, height: int, width: int, head_dim: int
             along = [1, 1, 1, channels // 2]
             along[axis] = shape[axis]
             out.append(jnp.broadcast_to(values.reshape(along), (*shape, channels // 2)))
-    return tuple(jnp.concatenate(parts, -1).reshape(frames, -1, head_dim // 2) for parts in (cosines, sines))
+    cosine, sine = (jnp.concatenate(parts, -1).reshape(frames, -1, head_dim // 2) for parts in (cosines, sines))
+    return cosine, sine
