@@ -18,7 +18,8 @@ FOLDERS = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pallas_kernels", "crcm_jax"),
-    ("crcm_jax.errors", "crcm_jax.compiler", "crcm_jax.chunks", "crcm_jax.flow"),
+    ("crcm_jax.errors", "crcm_jax.compiler", "crcm_jax.shapes"),
+    ("crcm_jax.chunks", "crcm_jax.flow"),
     ("crcm_jax.parallel",),
     ("crcm_jax.saving",),
     ("crcm_jax.models.base", "crcm_jax.models.core"),

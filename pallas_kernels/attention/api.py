@@ -6,6 +6,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels.attention import autodiff, reference
 from pallas_kernels.attention.backend import Segment
@@ -18,11 +19,11 @@ _SMALL_TOTAL = 1 << 26  # and over all heads and batch entries: 256 MiB in float
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "batch query head dim"],
+    k: Float[Array, "batch key kv_head dim"],
+    v: Float[Array, "batch key kv_head dim"],
     *,
-    context: tuple[jax.Array, jax.Array] | None = None,
+    context: tuple[Float[Array, "batch early kv_head dim"], Float[Array, "batch early kv_head dim"]] | None = None,
     mask: Mask = Full(),  # noqa: B008 - frozen
     scale: float | None = None,
     implementation: str | None = None,
