@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from crcm_jax.shapes import Array
 
@@ -25,7 +25,7 @@ Times: TypeAlias = Float[ArrayLike, "#batch #frame"] | Float[ArrayLike, ""]
 Numbers: TypeAlias = Float[ArrayLike, " ..."]
 
 
-def expand(t: Float[ArrayLike, "*times"], x: Float[Array, " ..."]) -> Float[Array, " ..."]:
+def expand(t: Shaped[ArrayLike, "*times"], x: Float[Array, " ..."]) -> Float[Array, " ..."]:
     """Times `[batch, frame]` (or a scalar) as something that broadcasts over latents x."""
     t = jnp.asarray(t)
     return t if t.ndim == 0 else t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
