@@ -21,6 +21,9 @@ demo: $(READY)  ## Distil a streaming student of moving digits; FROM_SCRATCH=1 t
 test: lint types  ## Lint and types, then every test.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
+test-fast: lint types  ## What to run before each commit: every test that is not slow.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "not slow"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

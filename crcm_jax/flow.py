@@ -25,7 +25,7 @@ Times: TypeAlias = Float[ArrayLike, "#batch #frame"] | Float[ArrayLike, ""]
 Numbers: TypeAlias = Float[ArrayLike, " ..."]
 
 
-def expand(t: Shaped[ArrayLike, "*times"], x: Float[Array, " ..."]) -> Float[Array, " ..."]:
+def expand(t: Shaped[ArrayLike, "*times"], x: Float[Array, " ..."]) -> Shaped[Array, " ..."]:
     """Times `[batch, frame]` (or a scalar) as something that broadcasts over latents x."""
     t = jnp.asarray(t)
     return t if t.ndim == 0 else t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
