@@ -16,7 +16,7 @@ T2V_1_3B = {"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30, "remat": "a
 T2V_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40, "remat": "block"}
 
 _MID = (15 / 16, 5 / 6, 5 / 8)
-ROLLOUTS = {
+ROLLOUTS: dict[str, dict] = {
     "sf_dmd_1step": {"steps": (4, 1), "times": (_MID, ())},
     "sf_dmd_2step": {"steps": (4, 2), "times": (_MID, (5 / 6,))},
     "sf_dmd_2step_noisy_ctx": {"steps": (4, 2), "times": (_MID, (5 / 8,)), "noisy_context": True, "context_start": 1},

@@ -7,7 +7,7 @@ A variant is a training type, the student's size, and the size of teacher and bo
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from crcm_jax.configs import digits
 
 SIZES = {
     "1.3B": {"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30},

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.digits import get_config
-from crcm_jax.errors import UserError
+from crcm_jax.configs.digits import get_config
+from crcm_jax.errors import UserError, need
 from crcm_jax.evaluate import producer, report
 from crcm_jax.evaluate.run import Judge, evaluate, heldout_prompts, judge, real_clips, write_json
 from crcm_jax.evaluate.video import write_video
@@ -84,6 +84,7 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
     """
     from crcm_jax.train.assemble import train
 
+    need("matplotlib", extra="demo")  # the report's, which comes last
     folder = Path(folder)
     if (folder / "metrics.json").exists():
         shutil.rmtree(folder)

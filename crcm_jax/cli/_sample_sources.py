@@ -212,7 +212,8 @@ def _size(found: library.Release, picture) -> tuple[int, int]:
     """Width and height of a clip that are not given: the usual ones, or the image's proportions at their area."""
     if picture is None:
         return SIZE
-    return size_of(*picture.size, SIZE[0] * SIZE[1], found.vae.stride[1] * found.transformer.patch[1])
+    width, height = picture.size
+    return size_of(width, height, SIZE[0] * SIZE[1], found.vae.stride[1] * found.transformer.patch[1])
 
 
 def _pixels(picture, width: int, height: int, channels: int = 3) -> jax.Array:

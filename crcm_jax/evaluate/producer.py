@@ -17,7 +17,7 @@ from crcm_jax.evaluate.run import Producer
 from crcm_jax.models.base import Condition, Params
 from crcm_jax.models.bound import Bound
 from crcm_jax.recipes.options import rollout_plan
-from crcm_jax.sampling import Few, Noise, Schedule, Solver, Whole, generate, generate_whole
+from crcm_jax.sampling import Few, Noise, Schedule, Solver, Whole, generate_with
 from crcm_jax.saving.weights import load_meta, load_params
 
 
@@ -71,11 +71,8 @@ def producer(config: ConfigDict, params: Params, solver: Solver | Whole, *, guid
     decode = jax.jit(lambda latents: jnp.clip(codec.decode(codec.init(jax.random.key(0)), latents), -1, 1))
 
     def produce(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        cond, noise = condition(prompts), clip_noise(seeds, latents, 0 if whole else solver.draws)
-        if whole:
-            clips = generate_whole(model, cond, noise.initial, times=solver.times, solver=solver.solver, **shared)
-        else:
-            clips = generate(model, cond, shape=noise.initial.shape, solver=solver, noise=noise, **shared)
+        cond, noise = condition(prompts), clip_noise(seeds, latents, solver.draws)
+        clips = generate_with(solver, model, cond, noise, **shared)
         return np.asarray(decode(clips))
 
     return produce

@@ -82,7 +82,7 @@ class Placement:
 
         Each device gets equally many, and of the clip a multiple of `ALIGNED`.
         """
-        if self._tokens_whole():
+        if self.mesh is None or self._tokens_whole():
             return tokens
         devices = self.mesh.shape[TOKENS]
         share = -(-tokens // devices)
@@ -179,10 +179,11 @@ class Placement:
         params: a tree whose leaves' names, after `name`, are those that `table` knows.
         dtype: what matrices are cast to before they travel, or None to leave them as they are.
         """
-        if self.mesh is None or self.gathered:
+        mesh = self.mesh
+        if mesh is None or self.gathered:
             return params
 
-        layout = rules.Layout(self.mesh, table)
+        layout = rules.Layout(mesh, table)
 
         def leaf(path, x):
             of = f"{name}/{rules.leaf_name(path)}", x.shape

@@ -7,6 +7,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels.attention import autodiff, reference
 from pallas_kernels.attention.backend import Segment
@@ -19,11 +20,11 @@ _SMALL_TOTAL = 1 << 26  # and over all heads and batch entries: 256 MiB in float
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "batch query head dim"],
+    k: Float[Array, "batch key kv_head dim"],
+    v: Float[Array, "batch key kv_head dim"],
     *,
-    context: tuple[jax.Array, jax.Array] | None = None,
+    context: tuple[Float[Array, "batch early kv_head dim"], Float[Array, "batch early kv_head dim"]] | None = None,
     mask: Mask = Full(),  # noqa: B008 - frozen
     scale: float | None = None,
     implementation: str | None = None,
@@ -82,8 +83,8 @@ def _attend(name, scale, one_pass, arrays, mask, visible):
 
 def _segments(arrays, visible):
     _, own, context = arrays
-    segments = (Segment(*own, visible.own),)
-    return segments if context is None else (*segments, Segment(*context, visible.context))
+    pairs = (own,) if context is None else (own, context)
+    return tuple(Segment(k, v, of_segment) for (k, v), of_segment in zip(pairs, visible))
 
 
 def _choose(name, q, segments, scale) -> str:

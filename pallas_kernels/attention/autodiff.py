@@ -42,8 +42,8 @@ class Call:
         _, own, context = arrays
         if self.mask is not None:
             rows = visible_in(arrays, self.mask)
-        segments = (Segment(*own, rows[0]),)
-        return segments if context is None else (*segments, Segment(*context, rows[1]))
+        pairs = (own,) if context is None else (own, context)
+        return tuple(Segment(k, v, of_segment) for (k, v), of_segment in zip(pairs, rows))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -8,6 +8,8 @@ arrays are known while tracing, so that schedules can be planned with them; othe
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,8 @@ def tile_ranges(rows, block_q: int, block_k: int):
     xp = _namespace_of(rows)
     rows = rows.reshape(4, -1, block_q)
     big = np.iinfo(np.int32).max
-    some, every = [], []
+    some: list[Any] = []
+    every: list[Any] = []
     for lo, hi in ((rows[0], rows[1]), (rows[2], rows[3])):
         empty = lo >= hi
         first = xp.where(empty, big, lo).min(axis=1) // block_k

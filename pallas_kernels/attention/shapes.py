@@ -90,8 +90,8 @@ def _by_entry(queries, own):
     """Ends of every form: one a query, one a batch entry, one for each pair of them, one for all; three entries."""
     row, entry = np.arange(queries, dtype=np.int32), np.arange(3, dtype=np.int32)[:, None]
     return Intervals(
-        own=((row // 2, row // 2 + 40 * entry), (np.int32([[90], [140], [0]]), own + 5)),
-        context=((0, np.int32([[31], [0], [64]])), (50 + 9 * entry, row // 3 + 20 * entry)),
+        own=((row // 2, row // 2 + 40 * entry), (np.array([[90], [140], [0]], np.int32), own + 5)),
+        context=((0, np.array([[31], [0], [64]], np.int32)), (50 + 9 * entry, row // 3 + 20 * entry)),
     )
 
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs.digits import get_config
 from crcm_jax import build
 from crcm_jax.__main__ import dispatch
+from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer, run
 from crcm_jax.sampling import Ode

@@ -93,6 +93,7 @@ def load_text_encoder(found: Release, folder: Path) -> WanTextEncoder:
 
 def load_image_encoder(found: Release, folder: Path) -> tuple[CLIPVision, Params]:
     """The image encoder and its weights. Files with and without the projection, which is not used, will do."""
+    assert found.image is not None, "only releases that take an image have one"
     path = folder / "image_encoder.safetensors"
     projection = (_meta(path).get("model") or {}).get("projection", found.image.projection)
     encoder = CLIPVision(dataclasses.replace(found.image, projection=projection))

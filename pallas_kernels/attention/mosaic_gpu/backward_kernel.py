@@ -81,7 +81,7 @@ def _dq_kernel(
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # late queries see most: start the long programs first
     steps = [plans.Steps(table, batch, block) for table in tables]
-    k_ring, v_ring = Ring(*k_ring, blocks.stages), Ring(*v_ring, blocks.stages)
+    k_ring, v_ring = Ring(blocks.stages, *k_ring), Ring(blocks.stages, *v_ring)
     wg = lax.axis_index("wg")
 
     @pl.when(wg == COMPUTE_WARPGROUPS)
@@ -199,7 +199,7 @@ def _dkv_kernel(
 ):
     batch, kv_head, block = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("block")
     steps = plans.Steps(table, batch, block)
-    rings = [Ring(*scratch, blocks.stages) for scratch in rings]
+    rings = [Ring(blocks.stages, *scratch) for scratch in rings]
     q_ring, do_ring, lse_ring, delta_ring = rings
     wg = lax.axis_index("wg")
 

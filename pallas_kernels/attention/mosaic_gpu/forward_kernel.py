@@ -75,7 +75,7 @@ def _kernel(
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # late queries see most: start the long programs first
     steps = [plans.Steps(table, batch, block) for table in tables]
     total = sum(s.count for s in steps)
-    k_ring, v_ring = Ring(*k_ring, blocks.stages), Ring(*v_ring, blocks.stages)
+    k_ring, v_ring = Ring(blocks.stages, *k_ring), Ring(blocks.stages, *v_ring)
     wg = lax.axis_index("wg")
 
     @pl.when(wg == COMPUTE_WARPGROUPS)

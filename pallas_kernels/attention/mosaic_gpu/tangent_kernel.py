@@ -9,6 +9,7 @@ the forward pass alone takes two.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -101,7 +102,7 @@ def _kernel(
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # late queries see most: start the long programs first
     steps = [plans.Steps(table, batch, block) for table in tables]
     total = sum(s.count for s in steps)
-    rings = {name: Ring(*scratch, blocks.stages) for name, scratch in rings.items()}
+    rings = {name: Ring(blocks.stages, *scratch) for name, scratch in rings.items()}
     sources = [{name: ref for name, ref in refs.items() if ref is not None} for refs in sources]
     # Items that have passed through each ring before a segment starts.
     done, passed = dict.fromkeys(rings, 0), []
@@ -222,6 +223,7 @@ def _kernel(
             return out, moved, new, norm, mean
 
         nothing = tiles.zeros(q_tile.shape)
+        carry: Any
         if saved is None:
             carry = nothing, nothing, tiles.row_vector(FLOOR), tiles.row_vector(0.0), tiles.row_vector(0.0)
         else:

@@ -31,10 +31,10 @@ class Ring:
     Items are numbered from 0 in the order in which they pass; both sides count the same way.
     """
 
+    stages: int
     buffers: Any
     arrived: Any
     consumed: Any
-    stages: int
 
     def slot(self, item):
         return lax.rem(item, jnp.int32(self.stages))

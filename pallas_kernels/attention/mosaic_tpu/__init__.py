@@ -53,7 +53,8 @@ def forward_tangent(q, segments, scale, dq, dsegments):
     """See `backend`."""
     from pallas_kernels.attention.mosaic_tpu import forward_kernel
 
-    return forward_kernel.forward(q, segments, scale, *_built("forward_tangent", q, segments), dq, dsegments)
+    chip, blocks = _built("forward_tangent", q, segments)
+    return forward_kernel.forward(q, segments, scale, chip, blocks, dq, dsegments)
 
 
 def tangent(q, segments, scale, o, lse, dq, dsegments):

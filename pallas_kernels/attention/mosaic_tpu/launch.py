@@ -124,7 +124,7 @@ class Launch:
             out_shape=out_shape,
             cost_estimate=self._cost(products),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(self.grid) - 2),
+                dimension_semantics=tuple("parallel" if axis < 2 else "arbitrary" for axis in range(len(self.grid))),
                 vmem_limit_bytes=self.chip.vmem_limit,
             ),
             interpret=self.chip is INTERPRETER,
@@ -167,10 +167,10 @@ def by_queries(name, chip, blocks, q, segments) -> Launch:
     def at_queries(b, h, step, codes, *_):
         return b, h, _outer(plan, codes[_place(plan, b, step)])
 
-    def at_keys(segment):
+    def at_keys_of(segment):
         return lambda b, h, step, codes, *tiles: (b, lax.div(h, groups), tiles[segment][_place(plan, b, step)])
 
-    at_keys = [at_keys(number) for number in range(len(segments))]
+    at_keys = [at_keys_of(number) for number in range(len(segments))]
     loads = {"queries": -(-queries // blocks.q)} | dict(enumerate(plan.loads))
     grid = batch, heads, plan.count
     return Launch(name, chip, blocks, plan, q, segments, grid, at_queries, at_keys, loads)

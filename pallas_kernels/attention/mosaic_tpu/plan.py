@@ -114,7 +114,9 @@ def _planned(xp, seen, whole, tiles) -> Plan:
     _, _, _, *known = _flatten(jnp, seen[0], whole[0], tiles)
     codes, held, counts = jax.vmap(lambda s, w: _flatten(jnp, s, w, tiles)[:3])(seen, whole)
     fill = jax.vmap(lambda codes, held, count: _filled(jnp, codes, held, count, codes.shape[0]))
-    return Plan(*fill(codes, held, counts), counts.max(), *known)
+    codes, held = fill(codes, held, counts)
+    kinds, steps, loads = known
+    return Plan(codes, held, counts.max(), kinds, steps, loads)
 
 
 def _filled(xp, codes, held, count, length):
