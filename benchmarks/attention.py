@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.clock import draw, milliseconds
-from pallas_kernels.attention import attention, shapes
-from pallas_kernels.attention.mask import BlockCausal, TeacherForcing
+from pallas_kernels.attention import BlockCausal, TeacherForcing, attention, shapes
 
 FORWARD, BACKWARD, FORWARD_TANGENT = 4, 10, 12
 

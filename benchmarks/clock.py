@@ -1,4 +1,7 @@
-"""Timing on a device that runs behind the caller's back: many calls per synchronisation, the median of several."""
+"""Timing on a device that runs behind the caller's back.
+
+Short functions: many calls per synchronisation, the median of several. Long ones: the fastest of a few.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,21 @@ def milliseconds(function, *args, budget: float = 0.25, repeats: int = 5) -> flo
         jax.block_until_ready(result)
         times.append((time.perf_counter() - start) / calls)
     return 1e3 * float(np.median(times))
+
+
+def seconds(function, repeats: int) -> float:
+    """The fastest of `repeats` calls, after one that is not timed."""
+    return first_and_best(function, repeats)[1]
+
+
+def first_and_best(function, repeats: int) -> tuple[float, float]:
+    """Seconds of the first call, which compiles, and of the fastest of `repeats` calls after it."""
+    took = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        took.append(time.perf_counter() - start)
+    return took[0], min(took[1:])
 
 
 def draw(case, dtype, seed: int = 0, scale: float = 1.0):

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import engine, models
-from convert.arrays import Spec
-from convert.safetensors_file import Reader, Writer
+from crcm_jax.convert import engine, models
+from crcm_jax.convert.arrays import Spec
+from crcm_jax.convert.safetensors_file import Reader, Writer
 
 SHARD = 10_000_000_000
 """Bytes of a shard at most, as in the published folder of the 14B model."""

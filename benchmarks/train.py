@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from benchmarks import kernel_times
 from benchmarks.train_work import Clip
 from benchmarks.wan import random_params
-from configs import wan_shapes
 from crcm_jax import compiler, parts, recipes
+from crcm_jax.configs import wan_shapes
 from crcm_jax.models.base import ITSELF, Condition, TeacherForcing
 from crcm_jax.models.wan.config import REMAT
 from crcm_jax.objectives import common

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.clock import first_and_best, seconds
 from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
@@ -64,21 +64,6 @@ def random_params(network: WanTransformer, dtype, seed: int = 0):
         return jax.tree.unflatten(tree, leaves)
 
     return draw(jax.random.key(seed))
-
-
-def seconds(function, repeats: int) -> float:
-    """The fastest of `repeats` calls, after one that is not timed."""
-    return first_and_best(function, repeats)[1]
-
-
-def first_and_best(function, repeats: int) -> tuple[float, float]:
-    """Seconds of the first call, which compiles, and of the fastest of `repeats` calls after it."""
-    took = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        took.append(time.perf_counter() - start)
-    return took[0], min(took[1:])
 
 
 def flops(c: WanConfig, tokens: int, text: int) -> float:

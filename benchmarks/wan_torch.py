@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from benchmarks.wan import seconds
-from convert.tables import wan_transformer as tables
+from benchmarks.clock import seconds
+from crcm_jax.convert.tables import wan_transformer as tables
 from crcm_jax.models.base import Condition
 from crcm_jax.models.bound import Bound
 from crcm_jax.models.wan.config import WanConfig

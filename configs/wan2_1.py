@@ -22,7 +22,7 @@ T2V_1_3B = {**registry.size("1.3b"), "remat": "attention"}
 T2V_14B = {**registry.size("14b"), "remat": "block"}
 
 _MID = (15 / 16, 5 / 6, 5 / 8)
-ROLLOUTS = {
+ROLLOUTS: dict[str, dict] = {
     "sf_dmd_1step": {"steps": (4, 1), "times": (_MID, ())},
     "sf_dmd_2step": {"steps": (4, 2), "times": (_MID, (5 / 6,))},
     "sf_dmd_2step_noisy_ctx": {"steps": (4, 2), "times": (_MID, (5 / 8,)), "noisy_context": True, "context_start": 1},

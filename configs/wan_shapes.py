@@ -7,7 +7,7 @@ A variant is a training type, the student's size, and the size of teacher and bo
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from crcm_jax.configs import digits
 from crcm_jax.models import registry
 from crcm_jax.models.wan.family import COMMON
 

@@ -1,0 +1,1 @@
+"""Checkpoints of PyTorch's in, and out again."""

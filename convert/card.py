@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.models import Model
-from convert.sources import Source
+from crcm_jax.convert.models import Model
+from crcm_jax.convert.sources import Source
 from crcm_jax.models import registry
 from crcm_jax.recipes import RECIPES
 

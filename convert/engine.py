@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert import arrays, models, outputs
-from convert.arrays import TRANSFORMS, Spec, shape_after
-from convert.models import STACKED, Model
-from convert.sources import Source, open_source
+from crcm_jax.convert import arrays, models, outputs
+from crcm_jax.convert.arrays import TRANSFORMS, Spec, shape_after
+from crcm_jax.convert.models import STACKED, Model
+from crcm_jax.convert.sources import Source, open_source
 from crcm_jax.errors import UserError
 
 LAYOUTS = ("native", "diffusers", "rcm", "ours")
@@ -36,8 +36,10 @@ class Place(NamedTuple):
 
     def rows(self, spec: Spec) -> tuple[int, int] | None:
         """(first, end) along the first axis of the tensor of `spec`; None for all."""
-        rows = None if self.parts == 1 else spec.shape[0] // self.parts
-        return rows and (self.part * rows, (self.part + 1) * rows)
+        if self.parts == 1:
+            return None
+        rows = spec.shape[0] // self.parts
+        return self.part * rows, (self.part + 1) * rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def places(model: Model, layout: str) -> dict[Slot, Place]:
     for pattern, leaf, transform in model.family.table(layout, model.config):
         name, part, parts = models.in_parts(pattern)
         for i in range(model.layers) if leaf in layered else (None,):
-            if transform == STACKED:
+            if transform == STACKED and i is not None:
                 found[leaf, i] = Place(name, i, model.layers, transform)
             else:
                 found[leaf, i] = Place(name.replace("{i}", str(i)), part, parts, transform)
@@ -97,7 +99,9 @@ def slot_shape(model: Model, slot: Slot) -> tuple[int, ...]:
 
 def tensor_shape(model: Model, slot: Slot, place: Place) -> tuple[int, ...]:
     """The shape of the tensor that holds a slot in the layout of `place`."""
-    first, *rest = shape_after(TRANSFORMS[place.transform].to_theirs, slot_shape(model, slot))
+    shape = shape_after(TRANSFORMS[place.transform].to_theirs, slot_shape(model, slot))
+    assert shape, f"{place.transform} does not fit {slot[0]}"
+    first, *rest = shape
     return (first * place.parts, *rest)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert import models
+from crcm_jax.convert import models
 
 _DIFFUSERS = "0.42.1"
 """The release whose classes these were tried with."""

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from convert.arrays import TRANSFORMS, Spec, shape_after
-from convert.tables import clip_vision, umt5, wan_transformer, wan_vae
+from crcm_jax.convert.arrays import TRANSFORMS, Spec, shape_after
+from crcm_jax.convert.tables import clip_vision, umt5, wan_transformer, wan_vae
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.models import registry
 from crcm_jax.models.text.umt5 import UMT5Config
@@ -121,7 +121,7 @@ def _need(shapes: Shapes, leaf: str) -> tuple[int, ...]:
 def _transformer(shapes: Shapes, said: dict[str, Any]) -> dict[str, Any]:
     patch, head = _need(shapes, "outside/patch_embedding/kernel"), _need(shapes, "outside/head/kernel")
     image = shapes.get("outside/image_embedding/norm_in/scale")
-    sizes = {
+    sizes: dict[str, Any] = {
         "dim": patch[1],
         "in_channels": patch[0] // 4,
         "out_channels": head[1] // 4,
@@ -340,6 +340,6 @@ def _shapes(
         if shape is not None:
             found[leaf] = shape
         if "{i}" in pattern:
-            at = pattern.index("{i}")
-            layers = max([layers, *(int(re.match(r"\d+", name[at:])[0]) + 1 for name in names)])
+            numbers = (re.match(r"\d+", name[pattern.index("{i}") :]) for name in names)
+            layers = max([layers, *(int(number[0]) + 1 for number in numbers if number)])
     return found, layers

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert import card, foreign_configs, safetensors_file, torch_file
-from convert.arrays import Spec
-from convert.models import CLIP, UMT5, Model
-from convert.sources import Source
-from convert.tables.wan_transformer import RCM_PREFIX
+from crcm_jax.convert import card, foreign_configs, safetensors_file, torch_file
+from crcm_jax.convert.arrays import Spec
+from crcm_jax.convert.models import CLIP, UMT5, Model
+from crcm_jax.convert.sources import Source
+from crcm_jax.convert.tables.wan_transformer import RCM_PREFIX
 from crcm_jax.errors import UsageError, UserError
 
 _SUFFIXES = {

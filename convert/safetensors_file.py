@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.arrays import WIDTHS, Spec, raw
+from crcm_jax.convert.arrays import WIDTHS, Spec, raw
 from crcm_jax.errors import UserError
 
 _LONGEST_HEADER = 100 << 20
@@ -114,7 +114,7 @@ class Writer:
 
     def write(self, name: str, block: np.ndarray, offset: int) -> None:
         """Contiguous raw elements, at `offset` bytes from the tensor's start."""
-        view = memoryview(block).cast("B") if block.size else memoryview(b"")
+        view = block.data.cast("B") if block.size else memoryview(b"")
         place = self.starts[name] + offset
         while view:
             done = os.pwrite(self._file, view, place)
@@ -134,12 +134,12 @@ class Writer:
 
     def close(self) -> None:
         """Flushes to disk."""
-        if self._file is not None:
+        if self._file >= 0:
             os.fsync(self._file)
             self.discard()
 
     def discard(self) -> None:
         """Closes the file as it is."""
-        if self._file is not None:
+        if self._file >= 0:
             os.close(self._file)
-            self._file = None
+            self._file = -1

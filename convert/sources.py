@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import safetensors_file, torch_file
-from convert.arrays import Spec
+from crcm_jax.convert import safetensors_file, torch_file
+from crcm_jax.convert.arrays import Spec
 from crcm_jax.errors import UserError
 
 ROLES = {

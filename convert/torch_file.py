@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from convert.arrays import WIDTHS, Spec, raw
+from crcm_jax.convert.arrays import WIDTHS, Spec, raw
 from crcm_jax.errors import UserError
 
 _NAMES = {

@@ -7,8 +7,15 @@ Chunk 0 has `first` frames, every other chunk `size` frames; a network may look 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Int
+
+from crcm_jax.shapes import Array
+
+Integers: TypeAlias = int | np.integer | Int[Array, " ..."]
+"""A host's, or what a program computes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +46,8 @@ class ChunkPattern:
             )
         return 1 + rest // self.size
 
-    def start(self, chunk):
-        """First frame of `chunk` (an int or a traced integer ≥ 0)."""
+    def start(self, chunk: Integers) -> Any:
+        """First frame of `chunk` (≥ 0; or of each, where they are several)."""
         return (chunk > 0) * (self.first + (chunk - 1) * self.size)
 
     def length(self, chunk: int) -> int:
@@ -55,6 +62,6 @@ class ChunkPattern:
         """One slice of frames per chunk."""
         return [self.span(chunk) for chunk in range(self.count(frames))]
 
-    def index(self, frames: int) -> np.ndarray:
+    def index(self, frames: int) -> Int[np.ndarray, " {frames}"]:
         """Chunk index of every frame, int array `[frame]`."""
         return np.repeat(np.arange(self.count(frames)), [self.length(c) for c in range(self.count(frames))])

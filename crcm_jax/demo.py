@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.digits import get_config
 from crcm_jax import pipeline
-from crcm_jax.errors import UserError
+from crcm_jax.configs.digits import get_config
+from crcm_jax.errors import UserError, need
 from crcm_jax.evaluate import producer, report
 from crcm_jax.evaluate.run import Judge, evaluate, heldout_prompts, judge, real_clips, write_json
 from crcm_jax.evaluate.video import write_video
@@ -84,6 +84,7 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
     """
     from crcm_jax.train.assemble import train
 
+    need("matplotlib", extra="demo")  # the report's, which comes last
     folder = Path(folder)
     if (folder / "metrics.json").exists():
         shutil.rmtree(folder)
@@ -139,11 +140,9 @@ def models(folder: Path) -> dict[str, tuple[str, producer.Producer]]:
         model = pipeline.load(folder / name_of(training, pattern))
         return producer.producer(model, producer.few_step_solver(model.config, (steps,), SCHEDULES[steps]))
 
-    model = pipeline.load(folder / "tf")
-    solver, guidance = model.sampler
-    teacher = producer.producer(model, solver, guidance=guidance)
+    teacher = producer.producer(pipeline.load(folder / "tf"))
     return {
-        "teacher": (f"causal teacher, {solver.steps} steps", teacher),
+        "teacher": (f"causal teacher, {get_config('tf').sample.ode_steps} steps", teacher),
         "tf_cm_4step": ("TF-CM student, 4 steps", few("tf_scm", 4)),
         "student_4step": ("SF-DMD student, 4 steps", few("sf_dmd", 4)),
         "student_2step": ("SF-DMD student, 2 steps", few("sf_dmd", 2)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -16,6 +18,21 @@ class UsageError(UserError):
     """A wrong command line or configuration, found before any work began."""
 
     exit_code = 2
+
+
+class MissingPackage(UserError, ImportError):
+    """A package that only some commands need is not installed."""
+
+
+def need(module: str, *, extra: str) -> Any:
+    """The module of a package that only `extra` of our own package installs. MissingPackage, naming it, without it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # The package is there and lacks something of its own.
+        name = module.partition(".")[0]
+        raise MissingPackage(f"this needs {name}: pip install 'causal-rcm-jax[{extra}]'") from error
 
 
 @contextlib.contextmanager

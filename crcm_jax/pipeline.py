@@ -174,7 +174,7 @@ class Model:
         if not self._codec_shapes:
             return self.codec.init(jax.random.key(0))
         self.require("vae")
-        dtype = jnp.dtype(self.codec.config.dtype)
+        dtype = jnp.dtype(self.codec.dtype)
         return everywhere(load_params(self.files["vae"], expect=self._codec_shapes, dtype=dtype), self.mesh)
 
     def text_encoder(self) -> TextEncoder:

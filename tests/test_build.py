@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import digits
 from crcm_jax import build
+from crcm_jax.configs import digits
 from crcm_jax.errors import UserError
 from crcm_jax.objectives.algorithm import Progress
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from configs.digits import get_config
 from crcm_jax import pipeline, recipes
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.models import registry
 from crcm_jax.models.family import Release

@@ -15,7 +15,6 @@ from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
 from crcm_jax.models.bound import Bound
 from crcm_jax.objectives.sf_dmd import Matching, Scores, sf_dmd, sf_dmd_replayed
-from crcm_jax.parallel.mesh import AXES
 from crcm_jax.parallel.placement import Placement
 from crcm_jax.parallel.rules import Layout, leaf_name
 from crcm_jax.sampling.rollout import frozen_rollout, over_chunks, rollout
@@ -182,7 +181,7 @@ def test_replaying_is_differentiating(x64, monkeypatch):
 def test_a_rollout_gathers_every_matrix_once(unrolled, monkeypatch):
     """Counted in the program, where a loop's body stands once."""
     monkeypatch.setattr(compiler, "unrolls_layers", lambda: unrolled)
-    mesh, pattern = jax.sharding.AbstractMesh((1, 2, 1, 1), AXES), ChunkPattern(1, 1)
+    mesh, pattern = tiny.abstract_mesh(1, 2, 1, 1), ChunkPattern(1, 1)
     network = tiny.wan(pattern, placement=Placement(mesh))
     params = tiny.parameters(network)
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
 from crcm_jax.models.base import Condition
 from crcm_jax.models.wan.config import WanConfig
@@ -15,8 +16,13 @@ HEIGHT, WIDTH, CHANNELS = 4, 6, 3
 """Latents of 2×3 patches: unequal sides and a third channel, so that no two axes can be mistaken for each other."""
 
 
-CUT = Placement(jax.sharding.AbstractMesh((2, 1, 2, 1), AXES))
-"""Samples and tokens cut in two, on devices that need not be there: for programs that are only looked at."""
+def abstract_mesh(*lengths: int) -> AbstractMesh:
+    """A mesh of devices that need not be there, for programs that are only looked at."""
+    return AbstractMesh(lengths, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+CUT = Placement(abstract_mesh(2, 1, 2, 1))
+"""Samples and tokens cut in two."""
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """At these sizes the time goes into compiling, not into running: leave LLVM's optimisations out."""

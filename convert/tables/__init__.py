@@ -1,0 +1,1 @@
+"""Which weight of ours is which of theirs: a table a model."""

@@ -54,7 +54,7 @@ class Gpus(NamedTuple):
     machines: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.machine * self.machines
 
 

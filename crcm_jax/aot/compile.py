@@ -122,11 +122,11 @@ def target(topology: str) -> Target:
     gpus = chips.gpus(topology)
     if gpus:
         with contextlib.suppress(RuntimeError):  # too late: then it has as many devices as it has
-            jax.config.update("jax_num_cpu_devices", gpus.count)
-        devices = jax.devices("cpu")
-        if len(devices) < gpus.count:
+            jax.config.update("jax_num_cpu_devices", gpus.total)
+        devices: list[Any] = jax.devices("cpu")
+        if len(devices) < gpus.total:
             raise UserError(f"--topology={topology} needs a process of its own: this one has {len(devices)} devices")
-        return Target(topology, devices[: gpus.count], gpus.chip, gpus.machine, on_chip=False)
+        return Target(topology, devices[: gpus.total], gpus.chip, gpus.machine, on_chip=False)
     try:
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:

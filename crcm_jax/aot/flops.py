@@ -24,8 +24,9 @@ def _equation(equation: core.JaxprEqn, counted: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contract)
+        left: Any = equation.invars[0].aval  # both are arrays
+        out: Any = equation.outvars[0].aval
+        return 2 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contract)
     if name == "pallas_call" and params["cost_estimate"] is not None:
         return params["cost_estimate"].flops
     inner = [matmul_flops(jaxpr, counted) for value in params.values() for jaxpr in _jaxprs(value)]

@@ -54,8 +54,7 @@ class Storage(Protocol):
         """The packed array with `new` in it from `token` on."""
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of every layer, a value that goes in and comes out.
 
     k, v: as `storage` packs arrays `[layer, batch, token, head, channel]`, or lists of them, a layer each, without the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +59,12 @@ class FromVideos(_Maker):
         self.vae, self.params = self.model.codec, self.model.codec_params
 
     def prepare(self, jobs: Sequence[Job]) -> list[np.ndarray | str]:
-        shape = {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
-        return [video_files.read_clip(job.video, clip=job.clip, **shape) for job in jobs]
+        shape: dict[str, Any] = {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
+        return [video_files.read_clip(_video(job), clip=job.clip, **shape) for job in jobs]
 
     def make(self, jobs: Sequence[Job], prepared: list[np.ndarray | str]) -> list[Made]:
         good = [i for i, clip in enumerate(prepared) if not isinstance(clip, str)]
-        made: list[Made] = list(prepared)
+        made: list[Any] = list(prepared)  # the clips among them give way to examples
         if good:
             video = self._cut(np.stack([prepared[i] for i in good])).astype(jnp.float32) / 127.5 - 1
             kept = [jobs[i] for i in good]
@@ -71,6 +72,11 @@ class FromVideos(_Maker):
             for i, example in zip(good, self._examples(kept, self.vae.encode(self.params, video), text["text"])):
                 made[i] = example
         return made
+
+
+def _video(job: Job) -> Path:
+    assert job.video is not None, "a job of a list of videos has one"
+    return job.video
 
 
 class FromTeacher(_Maker):
@@ -85,7 +91,7 @@ class FromTeacher(_Maker):
         super().__init__(model, weights, **shape)
         self.shape = self.model.latent_shape(self.frames, self.height, self.width)
         self.times, self.seed = teacher_times(steps, shift, sigma_max), seed
-        self.options = {"times": self.times, "guidance": guidance, "solver": solver}
+        self.options: dict[str, Any] = {"times": self.times, "guidance": guidance, "solver": solver}
         self.uncond = Condition(meshes.everywhere(self.encoder([negative]), self.mesh))
         self.network = self.model.bound
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from crcm_jax.cli._sample_sources import Source
 from crcm_jax.evaluate.producer import clip_noise
 from crcm_jax.parallel.mesh import everywhere
-from crcm_jax.sampling import denoise_whole, stream
+from crcm_jax.sampling import Solver, Whole, denoise_whole, stream
 
 
 def videos(source: Source, seed: int) -> Iterator[tuple[range, np.ndarray]]:
@@ -34,11 +35,12 @@ def videos(source: Source, seed: int) -> Iterator[tuple[range, np.ndarray]]:
 
 def _whole(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarray:
     noise = everywhere(clip_noise(seeds, source.latent_shape(), 0).initial, source.mesh)
-    times = source.solver.times
+    sampler = cast(Whole, source.solver)
+    times = sampler.times
     if first:
         print("crcm: compiling", file=sys.stderr)
     steps = denoise_whole(
-        source.model, cond, noise, times=times, solver=source.solver.solver,
+        source.model, cond, noise, times=times, solver=sampler.solver,
         uncond=everywhere(source.uncond, source.mesh), guidance=source.guidance,
     )  # fmt: skip
     ends = []
@@ -56,15 +58,15 @@ def _whole(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarra
 
 
 def _stream(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarray:
-    latents, image = source.latent_shape(), source.image
-    noise = clip_noise(seeds, latents, source.solver.draws, given=0 if image is None else 1)
+    latents, image, solver = source.latent_shape(), source.image, cast(Solver, source.solver)
+    noise = clip_noise(seeds, latents, solver.draws, given=0 if image is None else 1)
     if image is not None:
         image = everywhere(jnp.broadcast_to(image, (len(seeds), *image.shape[1:])), source.mesh)
     noise, uncond = everywhere(noise, source.mesh), everywhere(source.uncond, source.mesh)
 
     def run():
         chunks = stream(
-            source.model, cond, shape=(len(seeds), *latents), solver=source.solver, uncond=uncond,
+            source.model, cond, shape=(len(seeds), *latents), solver=solver, uncond=uncond,
             guidance=source.guidance, first=image, noise=noise,
         )  # fmt: skip
         return source.codec.decode_stream(source.codec_params, chunks)
@@ -72,9 +74,9 @@ def _stream(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarr
     if first:
         print("crcm: compiling", file=sys.stderr)
         # A first chunk of another length, and the first one that keeps a noisy context, are programs of their own.
-        for _, pixels in zip(range(max(source.solver.context.start, image is not None) + 2), run()):
+        for _, pixels in zip(range(max(solver.context.start, image is not None) + 2), run()):
             jax.block_until_ready(pixels)
-    parts, latency, began = [], None, time.perf_counter()
+    parts, latency, began = [], 0.0, time.perf_counter()
     with tqdm(total=source.clip.frames, unit="frame", desc="streaming") as bar:
         for pixels in run():
             parts.append(np.asarray(pixels))

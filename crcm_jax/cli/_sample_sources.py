@@ -160,7 +160,8 @@ def _clip(options: argparse.Namespace, model: Model, picture: Any) -> Clip:
     own = model.clip
     width, height = options.size or (own.width, own.height)
     if picture is not None and options.model and not options.size:
-        width, height = size_of(*picture.size, own.width * own.height, model.side)
+        width, height = picture.size
+        width, height = size_of(width, height, own.width * own.height, model.side)
     return dataclasses.replace(
         own, frames=options.frames or own.frames, width=width, height=height, fps=options.fps or own.fps
     )

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--to and --layout say what to write (or --dry-run, to look only), for example: {EXAMPLE}")
 
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
-    from convert import engine
+    from crcm_jax.convert import engine
 
     chosen = {"model": options.model, "which": options.which, "heads": options.heads}
     if options.dry_run:

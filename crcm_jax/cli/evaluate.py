@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from crcm_jax.cli import _solver_options
 from crcm_jax.cli._parser import Parser
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     from crcm_jax import pipeline
     from crcm_jax.cli import _sample_solver
     from crcm_jax.evaluate import producer, run
-    from crcm_jax.sampling import Ode, Whole
+    from crcm_jax.sampling import Few, Ode, Whole
 
     model = pipeline.load(options.checkpoint, which=options.which)
     if model.recipe is None:
@@ -52,10 +53,13 @@ def main(argv: list[str]) -> int:
         solver, guidance = _sample_solver.choose(options, model.meta)
     if odd := model.recipe.mismatch(solver):
         print(f"crcm: warning: {odd}", file=sys.stderr)
-    if solver.distilled:
-        made = dict(steps=list(solver.schedule.steps), mid=[list(row) for row in solver.schedule.mid])
+    made: dict[str, Any]
+    if type(solver) is Whole:
+        made = {"ode": solver.steps, "sampler": solver.solver}
+    elif type(solver) is Few:
+        made = {"steps": list(solver.schedule.steps), "mid": [list(row) for row in solver.schedule.mid]}
     else:
-        made = dict(ode=solver.steps) | (dict(sampler=solver.solver) if model.chunks is None else {})
+        made = {"ode": options.ode}
     produce = producer.producer(model, solver, guidance=guidance)
     print("crcm: training the judge on real digits", file=sys.stderr)
     judge = run.judge(model.config, clips=options.clips, seeds=options.seeds)

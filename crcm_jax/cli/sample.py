@@ -116,11 +116,12 @@ def main(argv: list[str]) -> int:
 
     from crcm_jax.cli import _sample_sources as sources
     from crcm_jax.cli._sample_run import videos
-    from crcm_jax.evaluate.video import SUFFIXES, write_video
+    from crcm_jax.evaluate.video import SUFFIXES, ready, write_video
 
     out = Path(options.out)
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out={options.out}: the file must end in {', '.join(SUFFIXES)}")
+    ready(out)
     source = sources.prepare(options, prompts)
     for part, seconds in source.seconds.items():
         print(f"{part}: {seconds:.1f} s", file=sys.stderr)

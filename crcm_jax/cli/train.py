@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from crcm_jax.cli import _configs
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
 from crcm_jax.parallel import axes
@@ -25,7 +26,8 @@ _USAGE = f"""usage: crcm train --config=FILE.py[:VARIANT] --workdir=FOLDER [--me
 {HELP[0].upper()}{HELP[1:]}. Any key of the configuration can be set, --config.optim.lr=1e-4.
 SIGTERM or Ctrl-C saves and exits; the same command goes on from there.
 
-  --config    a Python file with get_config(variant); a variant of configs/digits.py is a training type
+  --config    a Python file with get_config(variant), or the name of one that comes with the program, such as digits;
+              a variant of configs/digits.py is a training type
   --workdir   folder of the run: checkpoints, metrics.jsonl, TensorBoard, samples
   --mesh      {axes.HELP} (or --config.mesh.data=2 …)
 
@@ -42,7 +44,7 @@ for example:
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
     """(locked configuration, workdir) of a command line; UsageError, one sentence, for what is wrong with it."""
-    argv = with_mesh(argv)
+    argv = with_mesh(_configs.located(argv))
     # The plain configuration first: what it lacks can then be told from what is wrong with a value.
     plain = _parse([word for word in argv if not word.startswith("--config.")], argv).config
     for word in argv:
@@ -70,7 +72,7 @@ def _parse(words: list[str], argv: list[str]) -> flags.FlagValues:
     if path is None:
         raise UsageError(f"--config=FILE.py is missing, for example: {EXAMPLE}")
     if not Path(path).is_file():
-        raise UsageError(f"there is no configuration file {path}")
+        raise UsageError(f"there is no configuration file {path}: {_configs.shipped()}")
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "configuration", flag_values=values, lock_config=True, sys_argv=["crcm", *words]

@@ -1,0 +1,1 @@
+"""Clips and prompts: sources, sets of latents on disk, and the pipeline that feeds a run."""

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import grain
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from crcm_jax.data.example import DamagedExample, Example, from_record, to_record
+from crcm_jax.errors import need
 
 SUFFIX = ".array_record"
 _OPTIONS = "group_size:1,uncompressed"
@@ -54,9 +54,10 @@ class ArrayRecordShard:
 def write(path: Path, examples: Iterable[Example]) -> int:
     """Writes a new file, all of it on the disk when this returns; returns the number of examples. OSError if the disk
     is full, or gives back something else."""
+    module = need("array_record.python.array_record_module", extra="data")
     count = 0
     try:
-        with contextlib.closing(ArrayRecordWriter(str(path), _OPTIONS)) as writer:
+        with contextlib.closing(module.ArrayRecordWriter(str(path), _OPTIONS)) as writer:
             for example in examples:
                 writer.write(to_record(example))
                 count += 1

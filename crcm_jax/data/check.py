@@ -43,7 +43,8 @@ def check(path: str | Path, *, threads: int = 4) -> Report:
     found = shards.open_shards(path)
     folder = Path(path).expanduser()
     manifest = set_manifest.read(folder) if folder.is_dir() else None
-    damage, kinds, odd = list(found.flaws()), Counter(), {}
+    damage, kinds = list(found.flaws()), Counter[str]()
+    odd: dict = {}
     if manifest:
         damage += _against(manifest["shards"], found.shards, folder)
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(found), unit="example", desc="checking") as bar:

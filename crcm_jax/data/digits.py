@@ -15,9 +15,8 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from sklearn.datasets import load_digits
 
-from crcm_jax.errors import UserError
+from crcm_jax.errors import UserError, need
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -70,7 +69,7 @@ def load_images(split: str) -> tuple[np.ndarray, np.ndarray]:
     One image in five of every class is held out, always the same ones. UserError for an unknown split.
     """
     _check_split(split)
-    images, labels = load_digits(return_X_y=True)
+    images, labels = need("sklearn.datasets", extra="demo").load_digits(return_X_y=True)
     rng = np.random.default_rng(_SPLIT_SEED)
     heldout = np.zeros(len(labels), bool)
     for digit in range(10):

@@ -60,10 +60,10 @@ def from_record(record: bytes, name: str) -> Example:
         tensors = dict(safetensors.deserialize(record))
         length = int.from_bytes(record[:8], "little")
         about = json.loads(json.loads(record[8 : 8 + length])["__metadata__"]["crcm"])
-        arrays = (
+        latents, text = (
             np.frombuffer(entry["data"], _BY_NAME[entry["dtype"]]).reshape(entry["shape"])
             for entry in (tensors["latents"], tensors["text"])
         )
-        return Example(about["key"], *arrays, about["prompt"])
+        return Example(about["key"], latents, text, about["prompt"])
     except (safetensors.SafetensorError, LookupError, ValueError, TypeError) as error:
         raise DamagedExample(f"{name} is not a record of latents and text ({error})") from None

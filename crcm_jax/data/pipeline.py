@@ -85,9 +85,12 @@ def make(
     fingerprint = None
     if isinstance(source, LatentSource):
         family, fields = registry.fields(config.model)
-        source.require(shape, family.prompt_shape(fields, config.text.length)["text"])
-        source, batch_fn, fingerprint = Skipping(source), _stack, source.fingerprint()
+        tokens, channels = family.prompt_shape(fields, config.text.length)["text"]
+        source.require(shape, (tokens, channels))
+        fingerprint = source.fingerprint()
+        source, batch_fn = Skipping(source), _stack
     else:
+        assert text_encoder is not None, "prompts are to be encoded"
         batch_fn = _Encode(codec, codec_params, text_encoder)
 
     order = grain.MapDataset.source(source).seed(data.seed).shuffle().repeat()
@@ -146,7 +149,7 @@ class _Position(Iterator):
         self._iterator.close()
 
 
-def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Encoded examples → one training batch."""
 
     def stack(name):
@@ -162,8 +165,8 @@ class _Encode:
     def __init__(self, codec: Codec, codec_params: Params, text_encoder: TextEncoder):
         self._codec, self._codec_params, self._text_encoder = codec, codec_params, text_encoder
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        video = np.stack([example["video"] for example in examples])
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        video: Any = np.stack([example["video"] for example in examples])
         return dict(
             latents=np.asarray(self._codec.encode(self._codec_params, video), np.float32),
             prompt=self._text_encoder([example["prompt"] for example in examples]),

@@ -55,7 +55,7 @@ class Shards(Sequence):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # one at a time, never a slice
         """DamagedExample if it cannot be used."""
         index = operator.index(index)
         if not 0 <= index < len(self):
@@ -104,7 +104,7 @@ def _tables(tars: list[Path]) -> list[dict[str, Any]]:
     """The table of contents of each tar, from the index where it still holds."""
     beside, cached = _index_files(tars[0].parent)
     known = _load(beside) or _load(cached) or {}
-    tables = {tar.name: known.get(tar.name) for tar in tars}
+    tables: dict[str, Any] = {tar.name: known.get(tar.name) for tar in tars}
     stale = []
     for tar in tars:
         stamp, table = _stamp(tar), tables[tar.name]

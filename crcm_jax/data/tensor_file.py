@@ -74,17 +74,17 @@ def loads(content: bytes, name: str) -> np.ndarray:
         entries = {entry.filename: entry for entry in archive.infolist()}
         root = next((path.partition("/")[0] for path in entries if path.endswith("/data.pkl")), _ROOT)
 
-        def part(name: str, default: bytes | None = None) -> memoryview | bytes:
+        def part(name: str, default: bytes | None = None) -> memoryview:
             if f"{root}/{name}" in entries:
                 return _bytes_of(content, entries[f"{root}/{name}"])
             if default is None:
                 raise _Torn(f"it lacks {name}")
-            return default
+            return memoryview(default)
 
         program = bytes(part("data.pkl"))
         if len(program) > _LONGEST_PROGRAM:
             raise _Foreign("a long program")
-        if part("byteorder", b"little") != b"little":
+        if bytes(part("byteorder", b"little")) != b"little":
             raise _Foreign("big-endian numbers")
         tensor = _follow(program)
         return _view(tensor, part(f"data/{tensor.storage.key}"))
@@ -127,6 +127,7 @@ def _follow(program: bytes) -> _Tensor:
         del stack[len(stack) - count :]
         return taken
 
+    argument: Any
     for opcode, argument, _ in pickletools.genops(program):
         match opcode.name:
             case "PROTO" if argument == 2:

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from crcm_jax.errors import UserError
+from crcm_jax.errors import UserError, need
 
 _FEATURES = "tensorflow_datasets.core.features."
 
@@ -106,7 +106,7 @@ def _find(data_dir: Path, dataset: str) -> Path:
 
 def _load_features(root: Path):
     """The data set's features. A `Video` becomes the `Sequence` of `Image` that it is: its class needs TensorFlow."""
-    from tensorflow_datasets import features  # half a second to import, so only where it is used
+    features = need("tensorflow_datasets", extra="data").features  # half a second to import: only where it is used
 
     def without_video(node):
         if not isinstance(node, dict):
@@ -154,13 +154,13 @@ def _choose(dataset: str, features, kind: str, name: str, is_kind) -> str:
 
 def _open_split(root: Path, dataset: str, spec: str) -> tuple[grain.sources.ArrayRecordDataSource, int, int]:
     """(all records of the split's files, first record, number of records) of a split or a slice of one."""
-    from tensorflow_datasets.core import ReadInstruction
-    from tensorflow_datasets.core.splits import SplitInfo
-
+    core = need("tensorflow_datasets.core", extra="data")
     info = json.loads((root / "dataset_info.json").read_text())
     splits = {
-        split["name"]: SplitInfo(split["name"], [int(n) for n in split.get("shardLengths", [])], int(split["numBytes"]))
-        for split in info["splits"]
+        part["name"]: core.splits.SplitInfo(
+            part["name"], [int(n) for n in part.get("shardLengths", [])], int(part["numBytes"])
+        )
+        for part in info["splits"]
     }
     name = spec.partition("[")[0]
     if name not in splits:
@@ -171,7 +171,7 @@ def _open_split(root: Path, dataset: str, spec: str) -> tuple[grain.sources.Arra
             'prepare it with file_format="array_record"'
         )
     try:
-        (part,) = ReadInstruction.from_spec(spec).to_absolute(splits)
+        (part,) = core.ReadInstruction.from_spec(spec).to_absolute(splits)
     except ValueError as error:
         raise UserError(f'"{spec}" is not a split or a slice of one such as "train[:90%]": {error}') from error
     files = sorted(str(path) for path in root.glob(f"{info['name']}-{name}.array_record-*"))

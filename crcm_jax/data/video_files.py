@@ -7,10 +7,9 @@ import json
 import subprocess
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 
-from crcm_jax.errors import UserError
+from crcm_jax.errors import UserError, need
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
 _LISTS = (".jsonl", ".csv")
@@ -68,8 +67,9 @@ def read_clip(
         f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic,crop={width}:{height}"
     )
     start = ["-ss", f"{clip * frames / fps:.6f}"] if clip else []
+    ffmpeg = need("imageio_ffmpeg", extra="video").get_ffmpeg_exe()
     done = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *start, "-i", str(path), "-map", "0:v:0",
+        [ffmpeg, "-nostdin", "-v", "error", *start, "-i", str(path), "-map", "0:v:0",
          "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
         capture_output=True, check=False,
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Sampled clips judged: metrics, videos to look at, the report."""

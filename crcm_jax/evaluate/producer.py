@@ -14,7 +14,7 @@ from crcm_jax.evaluate.run import Producer
 from crcm_jax.models.base import Condition
 from crcm_jax.pipeline import Model
 from crcm_jax.recipes.options import rollout_plan
-from crcm_jax.sampling import Few, Noise, Schedule, Solver, Whole, generate, generate_whole
+from crcm_jax.sampling import Few, Noise, Schedule, Solver, Whole, generate_with
 
 
 def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[float] | None = None) -> Few:
@@ -56,11 +56,8 @@ def producer(model: Model, solver: Solver | Whole | None = None, *, guidance: fl
     decode = jax.jit(lambda params, latents: jnp.clip(model.codec.decode(params, latents), -1, 1))
 
     def produce(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        cond, noise = condition(prompts), clip_noise(seeds, latents, 0 if whole else solver.draws)
-        if whole:
-            clips = generate_whole(bound, cond, noise.initial, times=solver.times, solver=solver.solver, **shared)
-        else:
-            clips = generate(bound, cond, shape=noise.initial.shape, solver=solver, noise=noise, **shared)
+        cond, noise = condition(prompts), clip_noise(seeds, latents, solver.draws)
+        clips = generate_with(solver, bound, cond, noise, **shared)
         return np.asarray(decode(codec_params, clips))
 
     return produce

@@ -12,12 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
-from crcm_jax.errors import UserError
+from crcm_jax.errors import UserError, need
 from crcm_jax.evaluate.video import animated_png, frame_grid
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -152,7 +150,8 @@ def read_losses(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _curve(name: str, file: Path) -> str:
-    figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+    matplotlib, figures = need("matplotlib", extra="demo"), need("matplotlib.figure", extra="demo")
+    figure = figures.Figure(figsize=(4.2, 2.5), layout="constrained")
     axes = figure.add_subplot()
     everything = []
     for (key, (iterations, values)), colour in zip(read_losses(file).items(), _PALETTE * 4):

@@ -7,11 +7,10 @@ import os
 import warnings
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 
-from crcm_jax.errors import UserError
+from crcm_jax.errors import UserError, need
 
 SUFFIXES = (".mp4", ".gif", ".apng", ".png")
 
@@ -33,11 +32,18 @@ def enlarge(frames: np.ndarray, scale: int | None = None) -> np.ndarray:
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
+def ready(path: str | Path) -> None:
+    """Raises MissingPackage where a file of this suffix needs a package that is not installed."""
+    if Path(path).suffix.lower() == ".mp4":
+        need("imageio.v3", extra="video")
+        need("imageio_ffmpeg", extra="video")
+
+
 def write_video(path: str | Path, video: np.ndarray, fps: float = 8, scale: int | None = None) -> Path:
     """Write `video` `[frame, height, width, channel]` in [−1, 1] as the suffix says, whole or not at all.
 
     `.png` shows the frames in a row; the others play at `fps` frames per second. `scale` enlarges every pixel (default:
-    small clips to about 128 pixels). Returns the path. UserError for another suffix.
+    small clips to about 128 pixels). Returns the path. UserError for another suffix, MissingPackage as in `ready`.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -45,6 +51,7 @@ def write_video(path: str | Path, video: np.ndarray, fps: float = 8, scale: int 
         raise UserError(f'"{path.name}": cannot write a video as "{suffix or "no suffix"}", use {", ".join(SUFFIXES)}')
     if np.ndim(video) != 4:
         raise ValueError(f"a video is [frame, height, width, channel], this array's shape is {np.shape(video)}")
+    ready(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     half_written = path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
     try:
@@ -77,13 +84,14 @@ def frame_grid(videos: np.ndarray, scale: int | None = None, gap: int = 2) -> np
 
 def _write_moving(path: Path, frames: np.ndarray, fps: float) -> None:
     if path.suffix.lower() == ".mp4":
+        imageio = need("imageio.v3", extra="video")
         # 4:2:0 chroma, the only kind that every player shows, needs even sides.
         frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)])
         with warnings.catch_warnings():
             # JAX warns of every fork; this one becomes ffmpeg at once and runs nothing of ours.
             warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
             options = dict(fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2)
-            iio.imwrite(path, frames, plugin="FFMPEG", **options)
+            imageio.imwrite(path, frames, plugin="FFMPEG", **options)
         return
     images = [Image.fromarray(frame) for frame in frames]
     kind = "GIF" if path.suffix.lower() == ".gif" else "PNG"

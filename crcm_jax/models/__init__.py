@@ -1,0 +1,1 @@
+"""Networks, codecs and encoders, and the interface between them and everything else."""

@@ -16,13 +16,10 @@ import numpy as np
 from crcm_jax.cache import FULL, PLAIN, CachePolicy, KVCache, Storage
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.parallel.rules import Table
-
-Params = Any
-"""A nested dict of arrays."""
+from crcm_jax.shapes import Params
 
 
-@flax.struct.dataclass
-class Condition:
+class Condition(flax.struct.PyTreeNode):
     """What the video should show.
 
     prompt: the model family's own tree of arrays `[batch, …]`; of Wan `{"text": …}` (models/wan/prompt.py).
@@ -40,8 +37,7 @@ class Condition:
         return self.replace(frames={name: value[:, span] for name, value in self.frames.items()}, given=given)
 
 
-@flax.struct.dataclass
-class Prepared:
+class Prepared(flax.struct.PyTreeNode):
     """A condition whose prompt a network has worked through; frames and given as in `Condition`."""
 
     prompt: Any
@@ -49,13 +45,11 @@ class Prepared:
     given: jax.Array | None = None
 
 
-@flax.struct.dataclass
-class Itself:
+class Itself(flax.struct.PyTreeNode):
     """The view in which x sees itself: all of it, or, if the network is causal, its own and earlier chunks."""
 
 
-@flax.struct.dataclass
-class TeacherForcing:
+class TeacherForcing(flax.struct.PyTreeNode):
     """The view in which chunk i of x sees itself and the chunks before it of a context clip.
 
     context: latents like x. times: of the context, `[batch or 1, frame or 1]`.
@@ -65,8 +59,7 @@ class TeacherForcing:
     times: jax.Array
 
 
-@flax.struct.dataclass
-class OnCache:
+class OnCache(flax.struct.PyTreeNode):
     """The view in which x sees itself and what a cache holds of the chunks before it.
 
     chunk: which chunk of its clip x is, an int or a traced integer; None if x is the whole clip that the cache holds,
@@ -145,6 +138,10 @@ class Codec(Protocol):
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters; an empty dict of a codec that has none."""
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype, in which parameters are held for use."""
 
     def encode(self, params: Params, video: jax.Array) -> jax.Array: ...
 

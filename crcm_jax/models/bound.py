@@ -9,15 +9,22 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax.cache import FULL, PLAIN, CachePolicy, Storage
+from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import ITSELF, Condition, Network, OnCache, Params, Prepared, View
 
 
-@flax.struct.dataclass
-class Bound:
+class Bound(flax.struct.PyTreeNode):
     """A network and its parameters, which are differentiated, frozen or replaced as one value."""
 
     network: Network = flax.struct.field(pytree_node=False)
     params: Params
+
+    @property
+    def chunks(self) -> ChunkPattern:
+        """The pattern of a causal network; ValueError of a bidirectional one."""
+        if self.network.chunks is None:
+            raise ValueError("this needs a causal network, and one without a chunk pattern is bidirectional")
+        return self.network.chunks
 
     def velocity(self, x, t, cond: Condition, view: View = ITSELF) -> jax.Array:
         """Velocity of x `[batch, frame, height, width, channel]` at times t `[batch or 1, frame or 1]`: one pass."""
@@ -62,8 +69,7 @@ class Bound:
         return Prompted(self, tuple(prepare(self.params, c) for c in (cond, spread(uncond, batch))), scale, 2)
 
 
-@flax.struct.dataclass
-class Prompted:
+class Prompted(flax.struct.PyTreeNode):
     """A network that has heard its prompt: what all passes of a rollout or a stream share.
 
     prepared: one condition; guided, one with both branches in its batch, or one a branch where shapes differ. Guided,
@@ -111,8 +117,8 @@ class Prompted:
     def _merge(self, velocities: list[jax.Array]) -> jax.Array:
         if self.branches == 1:
             return velocities[0]
-        pair = velocities if len(velocities) == 2 else jnp.split(velocities[0], 2)
-        return combine(*pair, self.scale)
+        v_cond, v_uncond = velocities if len(velocities) == 2 else jnp.split(velocities[0], 2)
+        return combine(v_cond, v_uncond, self.scale)
 
 
 def combine(v_cond, v_uncond, scale: float):
@@ -127,7 +133,8 @@ def alike(cond: Condition, uncond: Condition) -> bool:
     def shapes(c):
         return jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), c)
 
-    return jax.tree.structure(cond) == jax.tree.structure(uncond) and shapes(cond) == shapes(uncond)
+    same: bool = jax.tree.structure(cond) == jax.tree.structure(uncond)  # type: ignore[operator]  # compares to bool
+    return same and shapes(cond) == shapes(uncond)
 
 
 def completed(uncond: Condition, cond: Condition) -> Condition:

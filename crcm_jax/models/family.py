@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from crcm_jax.errors import UserError
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -67,3 +69,9 @@ class Family:
     prompt_shape: Callable[[Fields, int], dict[str, tuple[int, ...]]]
     patch: Callable[[Fields], tuple[int, int]]
     stored: Callable[[Network], Params]
+
+    def size(self, name: str) -> dict[str, Any]:
+        """The fields of a published size; UserError for an unknown one."""
+        if name not in self.sizes:
+            raise UserError(f"model.size {name!r} is not one of {', '.join(self.sizes)}")
+        return dict(self.sizes[name])

@@ -50,10 +50,7 @@ def family(name: str) -> Family:
 
 def size(name: str, of: str = DEFAULT_FAMILY) -> dict[str, Any]:
     """The fields of a published size of family `of`; UserError for an unknown one."""
-    sizes = family(of).sizes
-    if name not in sizes:
-        raise UserError(f"model.size {name!r} is not one of {', '.join(sizes)}")
-    return dict(sizes[name])
+    return family(of).size(name)
 
 
 def fields(model: Mapping[str, Any], change: Mapping[str, Any] | None = None) -> tuple[Family, Fields]:

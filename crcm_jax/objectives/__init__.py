@@ -1,0 +1,1 @@
+"""Losses: pure functions in the paper's symbols."""

@@ -19,8 +19,10 @@ def condition(batch) -> Condition:
     return Condition(batch["prompt"], batch.get("frames", {}), batch.get("given"))
 
 
-def unconditioned(batch, uncond: Condition) -> Condition:
+def unconditioned(batch, uncond: Condition | None) -> Condition:
     """The same condition with every prompt replaced by the negative one, of one row."""
+    if uncond is None:
+        raise ValueError("the loss looks at the negative prompt, and the run has none")
     size = batch["latents"].shape[0]
     prompt = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape[1:])), uncond.prompt)
     return condition(batch).replace(prompt=prompt)

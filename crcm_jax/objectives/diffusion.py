@@ -34,7 +34,7 @@ def teacher_forcing(
     time_key, noise_key, context_key = jax.random.split(key, 3)
     t = flow.sample_times(time_key, times, (x0.shape[0], 1))
     noise = jax.random.normal(noise_key, x0.shape)
-    view = common.context(context_key, x0, student.network.chunks, context_noise)
+    view = common.context(context_key, x0, student.chunks, context_noise)
     x, t_x = common.noised(x0, noise, t, held)
     v = student.velocity(x, t_x, cond, view)
     return velocity_loss(v, x0, noise, t, weighting, scale, held), {}
@@ -48,7 +48,7 @@ def diffusion_forcing(
 
     strategy: "random", chunks independent; "same", one time a sample; "fopp", monotone times (spec causal_rcm 2).
     """
-    x0, held, chunks = batch["latents"], common.given(batch), student.network.chunks
+    x0, held, chunks = batch["latents"], common.given(batch), student.chunks
     size, index = x0.shape[0], chunks.index(x0.shape[1])
     count = chunks.count(x0.shape[1])
     time_key, noise_key = jax.random.split(key)

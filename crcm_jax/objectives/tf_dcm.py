@@ -66,13 +66,13 @@ def tf_dcm(
     x, _ = common.noised(x0, jax.random.normal(noise_key, x0.shape), t[:, :1], held)
 
     def predict(student, x, t, key):
-        view = common.context(key, x0, student.network.chunks, c.context_noise)
+        view = common.context(key, x0, student.chunks, c.context_noise)
         return flow.to_clean(x, student.velocity(x, t, cond, view), t)
 
     online = predict(student, x, now(0), online_key)
 
     # The teacher's context is always clean, also where the student's is noisy.
-    clean = common.context(key, x0, student.network.chunks)
+    clean = common.context(key, x0, student.chunks)
     for k in range(levels.skip):
         v = teacher.guided(x, now(k), cond, uncond, c.guidance, clean)
         x = flow.euler(x, v, now(k), now(k + 1))

@@ -60,7 +60,7 @@ def tf_scm(
     x, t_x = common.noised(x0, jax.random.normal(noise_key, x0.shape), t, held)
     stop = jax.lax.stop_gradient
 
-    chunks = student.network.chunks
+    chunks = student.chunks
     clean = common.context(context_key, x0, chunks)
     v_T = common.generated(stop(teacher.guided(x, t_x, cond, uncond, c.guidance, clean)), held)
 

@@ -1,0 +1,1 @@
+"""Many devices and processes: the mesh, what lies where, who waits for whom."""

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crcm_jax.parallel import rules
+from pallas_kernels.attention.mask import entries
 
 SAMPLES = ("data", "fsdp")
 """The axes over which a batch is cut."""
@@ -33,13 +34,17 @@ ALIGNED = 8
 are; where they are not, XLA copies every matrix into one whose sides are, before every product."""
 
 
-def indivisible(shape: Mapping[str, int], heads: int) -> str | None:
-    """That a mesh of `shape` cannot cut so many heads, as a sentence's beginning; or None."""
+def indivisible(shape: Mapping[str, int], heads: int | None, kv_heads: int | None = None) -> str | None:
+    """That a mesh of `shape` cannot cut so many heads, as a sentence's beginning; or None.
+
+    heads: of queries, kv_heads: of keys and values, where there are fewer; None leaves one out.
+    """
     across = shape[HEADS] * shape[TOKENS]
-    if heads % across == 0:
-        return None
     cut = f"mesh.{HEADS}={across}" if shape[TOKENS] == 1 else f"mesh.{HEADS} × mesh.{TOKENS} = {across}"
-    return f"{cut} does not divide the {heads} heads"
+    for count, kind in ((heads, "heads"), (kv_heads, "key/value heads")):
+        if count is not None and count % across:
+            return f"{cut} does not divide the {count} {kind}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +62,9 @@ class Placement:
         if self.mesh is not None and self.mesh.size == 1:
             object.__setattr__(self, "mesh", None)
 
-    def check(self, heads: int) -> None:
-        """ValueError where so many heads cannot be cut over the mesh."""
-        if self.mesh is not None and (lack := indivisible(self.mesh.shape, heads)):
+    def check(self, heads: int | None, kv_heads: int | None = None) -> None:
+        """ValueError where so many heads, of queries or of keys and values, cannot be cut over the mesh."""
+        if self.mesh is not None and (lack := indivisible(self.mesh.shape, heads, kv_heads)):
             raise ValueError(f"{lack}: use a divisor")
 
     # Activations.
@@ -77,7 +82,7 @@ class Placement:
 
         Each device gets equally many, and of the clip a multiple of `ALIGNED`.
         """
-        if self._tokens_whole():
+        if self.mesh is None or self._tokens_whole():
             return tokens
         devices = self.mesh.shape[TOKENS]
         share = -(-tokens // devices)
@@ -86,7 +91,11 @@ class Placement:
         return share * devices
 
     def cache(self, x):
-        """Keys or values `[…, batch, token, head, channel]`, cut by heads: no pass against them gathers any."""
+        """Keys or values `[…, batch, token, key/value head, channel]`, cut by heads: no pass against them gathers any.
+
+        ValueError where the heads do not divide over the mesh.
+        """
+        self.check(None, x.shape[-2])
         return self._pin(x, P(*[None] * (x.ndim - 4), *self._by_heads(x.shape[-4])))
 
     def to_heads(self, x, tokens: int):
@@ -119,22 +128,30 @@ class Placement:
     def attend(self, attention: Callable, q, k, v, *, context=None, mask):
         """`attention(q, k, v, context=…, mask=…)` of each device's samples and heads, as `to_heads` has laid them.
 
-        The compiler cannot cut a kernel's call, so that each device makes a call of its own.
+        The compiler cannot cut a kernel's call, so that each device makes a call of its own. What a mask holds for each
+        sample is cut as samples are. ValueError where heads do not divide over the mesh, or a mask fits another batch.
         """
         if self.mesh is None:
             return attention(q, k, v, context=context, mask=mask)
-        # A mask of integers stays one, for kernels to plan with; traced entries are arguments like any other.
-        leaves, structure = jax.tree.flatten(mask)
-        moving = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        self.check(q.shape[2], k.shape[2])
+        values, structure, by_entry = entries(mask, q.shape[0])
+        samples = self._over_samples(q.shape[0])
+        # A mask of integers stays one, for kernels to plan with; traced and cut values are arguments like any other.
+        moves = [
+            any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)) or (each and samples is not None)
+            for x, each in zip(values, by_entry)
+        ]
+        moving = [jnp.asarray(x) for x, move in zip(values, moves) if move]
+        specs = [P(samples) if each else P() for each, move in zip(by_entry, moves) if move]
 
         def local(arrays, moving):
             q, k, v, context = arrays
             moving = iter(moving)
-            mask = structure.unflatten([next(moving) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
+            mask = structure.unflatten([next(moving) if move else x for x, move in zip(values, moves)])
             return attention(q, k, v, context=context, mask=mask)
 
         by_heads = self._by_heads(q.shape[0])
-        return self._map(local, (by_heads, P()), by_heads)((q, k, v, context), moving)
+        return self._map(local, (by_heads, specs), by_heads)((q, k, v, context), moving)
 
     def attend_across(self, attention: Callable, q, k, v):
         """`attention(q, k, v)` of tokens q `[batch, frame, token, head, channel]`, cut, over the keys of a text or
@@ -162,10 +179,11 @@ class Placement:
         params: a tree whose leaves' names, after `name`, are those that `table` knows.
         dtype: what matrices are cast to before they travel, or None to leave them as they are.
         """
-        if self.mesh is None or self.gathered:
+        mesh = self.mesh
+        if mesh is None or self.gathered:
             return params
 
-        layout = rules.Layout(self.mesh, table)
+        layout = rules.Layout(mesh, table)
 
         def leaf(path, x):
             of = f"{name}/{rules.leaf_name(path)}", x.shape

@@ -46,7 +46,11 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     # Signals are this program's own to handle (`StopSignal`).
     jax.config.update("jax_enable_preemption_service", False)
     # At the end all wait for the first, which may have much to put its seal on; the dead are noticed even then.
-    waits = {"initialization_timeout": wait, "heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": 86_400}
+    waits: dict[str, Any] = {
+        "initialization_timeout": wait,
+        "heartbeat_timeout_seconds": SILENCE,
+        "shutdown_timeout_seconds": 86_400,
+    }
     try:
         jax.distributed.initialize(coordinator, count, index, **waits)
     except (ValueError, RuntimeError) as error:
@@ -120,7 +124,7 @@ def decided_by_first(decide: Callable[[], T]) -> T:
 def rows(sharding: jax.sharding.Sharding, size: int) -> list[int]:
     """Which rows of a batch of `size` lie on this process's devices, ascending; several may hold the same ones."""
     slices = sharding.addressable_devices_indices_map((size,)).values()
-    return sorted({row for (part,) in slices for row in range(*part.indices(size))})
+    return sorted({row for index in slices if index for row in range(*index[0].indices(size))})
 
 
 def place(local: Any, sharding: jax.sharding.Sharding, size: int) -> Any:

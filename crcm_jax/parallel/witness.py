@@ -77,6 +77,7 @@ class Witness:
 
     def rename(self, process: str) -> None:
         """What the sentence shall call the process from now on."""
+        assert self._program.stdin is not None  # it was opened with one
         self._program.stdin.write(f"{process}\n".encode())
         self._program.stdin.flush()
 

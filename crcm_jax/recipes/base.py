@@ -34,8 +34,7 @@ class Progress(NamedTuple):
     updates: dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class Nets:
+class Nets(flax.struct.PyTreeNode):
     """The networks that a loss reads, by role; a player's average as `player.average`. uncond: the negative prompt, of
     one row, or None where no loss of the recipe looks at one."""
 

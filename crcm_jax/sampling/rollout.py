@@ -69,7 +69,7 @@ def rollout(student: Bound, cond: Condition, key, plan: RolloutPlan, steps, shap
     off. Only that last step of every chunk is differentiable in the student's parameters; cached keys and values never
     are, so chunks are independent of each other in the gradient.
     """
-    chunks, frames = student.network.chunks, shape[1]
+    chunks, frames = student.chunks, shape[1]
     count, schedule, rule = chunks.count(frames), plan.schedule, plan.context
     noise_key, context_key = jax.random.split(key)
     # One full-clip noise a step, cut by frames: what a seed generates does not depend on the chunk pattern.
@@ -106,7 +106,7 @@ def rollout(student: Bound, cond: Condition, key, plan: RolloutPlan, steps, shap
         cache = prompted.write(seen, frame_times(t_seen, x.shape[1], given), cache, chunk)[1]
         return cache, (_frames_first(x0), _frames_first(x), jnp.full(x.shape[1], t))
 
-    beside = {"frames": cond.frames}
+    beside: dict[str, Any] = {"frames": cond.frames}
     if cond.given is not None:
         beside |= {"given": cond.given, "clean": clean}
     xs = (jnp.moveaxis(noises, 2, 0), _frames_first(fresh), _frames_first(beside))
@@ -127,7 +127,7 @@ def replay(student: Bound, cond: Condition, done: Rollout, target, weights, *, a
     Returns (squared error per sample `[batch]`, gradient). A sample of weight zero contributes nothing, given frames
     neither.
     """
-    keep, chunks = weights > 0, student.network.chunks
+    keep, chunks = weights > 0, student.chunks
 
     def gradient(x, goal, times, here: Condition, clean, chunk=None):
         given = None if here.given is None else Given(here.given, clean)
@@ -155,7 +155,7 @@ def replay(student: Bound, cond: Condition, done: Rollout, target, weights, *, a
         """Sums over chunks in float32: narrower ones would lose the small chunks' share."""
         return jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
 
-    beside = {"frames": cond.frames}
+    beside: dict[str, Any] = {"frames": cond.frames}
     if cond.given is not None:
         beside |= {"given": cond.given, "clean": clean}
     zero = jnp.zeros(target.shape[0], target.dtype), jax.tree.map(wide, student.params)

@@ -36,8 +36,7 @@ class ChunkNoise(NamedTuple):
     steps: jax.Array
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """Where a session stands.
 
     cache: of the chunks so far. prepared: its prompt, in one or two `branches`. key: of all its draws.
@@ -84,7 +83,7 @@ class Session:
     @property
     def chunks(self) -> ChunkPattern:
         """The network's own."""
-        return self.network.chunks
+        return Bound(self.network, None).chunks
 
     @property
     def limit(self) -> int | None:

@@ -16,7 +16,9 @@ from crcm_jax.sampling.schedule import CLEAN, FOUR_STEPS, ContextRule, Schedule,
 class Solver(Stepper, Protocol):
     """Times, steps, and what later chunks see. Hashable."""
 
-    context: ContextRule
+    @property
+    def context(self) -> ContextRule:
+        """What later chunks see of a chunk."""
 
     @property
     def most(self) -> int:

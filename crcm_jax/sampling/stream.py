@@ -54,8 +54,8 @@ def stream(
     noise: of the whole clip, in place of what the session would draw from `key`, chunk by chunk.
     ValueError for a clip, or a start of it, that does not split into chunks, and for a bidirectional network.
     """
-    batch, frames, *rest = shape
-    session = Session(model.network, solver, batch, tuple(rest), frames, guidance)
+    batch, frames, height, width, channels = shape
+    session = Session(model.network, solver, batch, (height, width, channels), frames, guidance)
     drawn = None if noise is None else noise.image
     state = session.start(model.params, cond, key, uncond=uncond, first=first, noise=drawn)
     chunks, begin = session.chunks, 0 if first is None else first.shape[1]

@@ -167,6 +167,7 @@ class Whole:
     sigma_max: float = 5000.0
 
     distilled = False
+    draws = 0
 
     @property
     def times(self) -> tuple[float, ...]:

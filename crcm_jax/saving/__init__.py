@@ -1,0 +1,1 @@
+"""Arrays on disk: manifests, checkpoints' folders, weights."""

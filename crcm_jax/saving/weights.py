@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from crcm_jax.errors import UserError
-from crcm_jax.models.base import Params
 from crcm_jax.parallel import processes
 from crcm_jax.saving import manifest, storage
+from crcm_jax.shapes import Params
 
 
 def find(path: str | Path) -> Path:

@@ -29,7 +29,7 @@ def codec_params(config, codec: Codec) -> Params:
         raise UsageError(
             "--config.init.codec is missing: the weights of the VAE (docs/weights.md says how to get them)"
         )
-    return load_params(path, expect=shapes, dtype=jnp.dtype(codec.config.dtype))
+    return load_params(path, expect=shapes, dtype=jnp.dtype(codec.dtype))
 
 
 def text_encoder(config) -> TextEncoder | None:

@@ -19,7 +19,7 @@ class OptimizerState(NamedTuple):
     """`count` own updates so far; `adam` optax's state, float32; `master` float32 weights, None where they would only
     repeat float32 parameters."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # it hides tuple's own `count`, which nothing calls
     adam: Any
     master: Params | None
 

@@ -13,8 +13,7 @@ from crcm_jax.recipes.base import Player, Progress
 from crcm_jax.train.optimizer import Optimizer, OptimizerState
 
 
-@flax.struct.dataclass
-class PlayerState:
+class PlayerState(flax.struct.PyTreeNode):
     """One player: its weights, its optimiser, how many of the iterations so far were its own, and float32 averages of
     its weights, by name."""
 
@@ -24,8 +23,7 @@ class PlayerState:
     averages: dict[str, Params]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """One pytree, donated to each step and saved whole.
 
     bad_samples, skipped_updates: totals since the run began.

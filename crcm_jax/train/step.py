@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from crcm_jax.models.base import Condition, Params
 from crcm_jax.models.bound import Bound
 from crcm_jax.parallel.rules import Layout
 from crcm_jax.recipes.base import Batch, GradFn, Nets, Player, Progress, Training
-from crcm_jax.train.optimizer import Optimizer
+from crcm_jax.train.optimizer import Optimizer, OptimizerState
 from crcm_jax.train.state import PlayerState, TrainState
 
 PURPOSES = {"student": 0, "critic": 1, "init": 2}
@@ -39,10 +39,11 @@ class Frozen(NamedTuple):
     uncond: Condition | None
 
 
-Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
+Step = Any
+"""A jitted `(state, frozen, batch) -> (state, metrics)`, with `jax.jit`'s `trace` and `lower`."""
 
 
-def step_key(seed: int, purpose: str, iteration: jax.Array, microbatch: jax.Array | int) -> jax.Array:
+def step_key(seed: int, purpose: str, iteration: jax.Array | int, microbatch: jax.Array | int) -> jax.Array:
     """The key of every draw made for `purpose` in one microbatch of one iteration."""
     key = jax.random.key(seed)
     for word in (PURPOSES.get(purpose, zlib.crc32(purpose.encode())), iteration, microbatch):
@@ -138,8 +139,8 @@ def accumulated_gradient(
 
 
 def _apply(
-    optimizer: Optimizer, gradient: Gradient, size: int, params: Params, opt
-) -> tuple[Params, object, jax.Array, Metrics]:
+    optimizer: Optimizer, gradient: Gradient, size: int, params: Params, opt: OptimizerState
+) -> tuple[Params, OptimizerState, jax.Array, Metrics]:
     """(parameters, optimiser state, whether there was an update, metrics)."""
     scale = size / jnp.maximum(gradient.kept, 1)
     grads = jax.tree.map(lambda g: g * scale, gradient.grads)

@@ -2,7 +2,8 @@
 
 from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
 from pallas_kernels.attention.autodiff import LSE_NAME, OUTPUT_NAME
-from pallas_kernels.attention.mask import BlockCausal, Cached, Full, Intervals, Mask, TeacherForcing
+from pallas_kernels.attention.chunk_masks import BlockCausal, Captioned, TeacherForcing
+from pallas_kernels.attention.mask import Cached, Full, Intervals, Mask
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -10,6 +11,7 @@ __all__ = [
     "OUTPUT_NAME",
     "BlockCausal",
     "Cached",
+    "Captioned",
     "Full",
     "Intervals",
     "Mask",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels.attention import autodiff, reference
 from pallas_kernels.attention.backend import Segment
-from pallas_kernels.attention.mask import Full, Mask, Visible, is_static
+from pallas_kernels.attention.mask import Cached, Full, Mask, Visible, is_static, visible_in
 
 IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "chunked", "reference")
 
@@ -18,11 +20,11 @@ _SMALL_TOTAL = 1 << 26  # and over all heads and batch entries: 256 MiB in float
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "batch query head dim"],
+    k: Float[Array, "batch key kv_head dim"],
+    v: Float[Array, "batch key kv_head dim"],
     *,
-    context: tuple[jax.Array, jax.Array] | None = None,
+    context: tuple[Float[Array, "batch early kv_head dim"], Float[Array, "batch early kv_head dim"]] | None = None,
     mask: Mask = Full(),  # noqa: B008 - frozen
     scale: float | None = None,
     implementation: str | None = None,
@@ -34,9 +36,11 @@ def attention(
     q: `[B, N, H, D]`. k, v: `[B, M, Hkv, D]`, H a multiple of Hkv (query head h uses key head h // (H / Hkv)).
     context: a second segment (k, v), `[B, C, Hkv, D]`; the softmax runs over both. Keeping it apart from k and v lets
       its zero tangents, or its absent gradients, cost nothing.
-    mask: a description from `pallas_kernels.attention.mask`; which keys of each segment a query sees.
+    mask: a description from `pallas_kernels.attention.mask`; which keys of each segment a query sees. Its
+      values may differ by batch entry.
     scale: a Python number, 1/√D where None.
-    implementation: one of `IMPLEMENTATIONS`, or None for the best that serves these inputs on the default device.
+    implementation: one of `IMPLEMENTATIONS`, or None for the best that serves these inputs on the default device. Few
+      queries under a `Cached` mask leave a Hopper GPU half idle: there their keys are shared out among copies of them.
     one_pass: a promise that the first derivative taken of this call is a `jax.jvp`, never its transpose; a backend may
       then compute value and tangent in one kernel. A gradient of a function that holds the `jvp` is fine; a gradient of
       this call itself becomes an error.
@@ -52,23 +56,35 @@ def attention(
     """
     _check_arrays(q, k, v, context)
     if not isinstance(mask, Mask):
-        kinds = "Full, BlockCausal, TeacherForcing, Cached or Intervals"
+        kinds = "Full, BlockCausal, TeacherForcing, Captioned, Cached or Intervals"
         raise ValueError(f"mask: {type(mask).__name__} is no mask: use {kinds}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    visible = mask.visible(q.shape[1], k.shape[1], None if context is None else context[0].shape[1])
-    segments = (Segment(k, v, visible.own),)
-    if context is not None:
-        segments += (Segment(*context, visible.context),)
-    name = _choose(implementation, q, segments, scale)
-    if name == "reference":
-        out, lse = reference.attend(q, segments, scale)
+    arrays = q, (k, v), None if context is None else tuple(context)
+    visible = visible_in(arrays, mask)
+    name = _choose(implementation, q, _segments(arrays, visible), scale)
+    call = functools.partial(_attend, name, scale, one_pass)
+    parts = _load("mosaic_gpu.decode").choose_parts(q.shape) if name == "mosaic_gpu" and isinstance(mask, Cached) else 1
+    if parts > 1:
+        out, lse = _load("mosaic_gpu.decode").attend_in_parts(call, arrays, mask, parts)
     else:
-        static = is_static(mask)
-        one_pass = one_pass and hasattr(_load(name), "forward_tangent")
-        call = autodiff.Call(_load(name), scale, mask if static else None, one_pass)
-        context = None if context is None else tuple(context)
-        out, lse = autodiff.attend(call, (q, (k, v), context), Visible(None) if static else visible)
+        out, lse = call(arrays, mask, visible)
     return (out, lse) if return_lse else out
+
+
+def _attend(name, scale, one_pass, arrays, mask, visible):
+    """o and lse by one backend. arrays: as in `autodiff.attend`."""
+    if name == "reference":
+        return reference.attend(arrays[0], _segments(arrays, visible), scale)
+    static = is_static(mask)
+    one_pass = one_pass and hasattr(_load(name), "forward_tangent")
+    call = autodiff.Call(_load(name), scale, mask if static else None, one_pass)
+    return autodiff.attend(call, arrays, Visible(None) if static else visible)
+
+
+def _segments(arrays, visible):
+    _, own, context = arrays
+    pairs = (own,) if context is None else (own, context)
+    return tuple(Segment(k, v, of_segment) for (k, v), of_segment in zip(pairs, visible))
 
 
 def _choose(name, q, segments, scale) -> str:

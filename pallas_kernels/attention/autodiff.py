@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero, linear_call
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.backend import Segment
-from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.mask import Mask, visible_in
 
 OUTPUT_NAME = "attention_output"  # for jax.checkpoint policies: save_only_these_names(OUTPUT_NAME, LSE_NAME)
 LSE_NAME = "attention_lse"
@@ -41,10 +41,9 @@ class Call:
     def segments(self, arrays, rows) -> tuple[Segment, ...]:
         _, own, context = arrays
         if self.mask is not None:
-            lengths = arrays[0].shape[1], own[0].shape[1], None if context is None else context[0].shape[1]
-            rows = self.mask.visible(*lengths)
-        segments = (Segment(*own, rows[0]),)
-        return segments if context is None else (*segments, Segment(*context, rows[1]))
+            rows = visible_in(arrays, self.mask)
+        pairs = (own,) if context is None else (own, context)
+        return tuple(Segment(k, v, of_segment) for (k, v), of_segment in zip(pairs, rows))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -21,7 +21,10 @@ import jax
 
 
 class Segment(NamedTuple):
-    """Keys and values `[B, M, Hkv, D]` and, per query, the key intervals it sees: int32 `[4, N]`, or None for all."""
+    """Keys and values `[B, M, Hkv, D]` and, per query, the key intervals it sees, as in `rows`.
+
+    rows: int32 `[4, N]` for the whole batch, `[B, 4, N]` where entries differ, or None for all keys.
+    """
 
     k: jax.Array
     v: jax.Array

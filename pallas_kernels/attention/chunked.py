@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention import rows as visibility
 from pallas_kernels.attention.backend import Segment
 
 BLOCK_Q = 256
@@ -122,7 +122,7 @@ def backward(q, segments, scale, o, lse, do, dlse, wanted):
 
 
 class _Lookup(NamedTuple):
-    """For one segment: tile ranges `[4]` and the rows' intervals `[4, block]` of one query block."""
+    """For one segment: tile ranges `[4]` and the rows' intervals `[4, block]` or `[B, 4, block]` of one query block."""
 
     ranges: Any
     rows: Any
@@ -154,7 +154,7 @@ class _Tiles:
                 first1, end1, first2, _ = lookup.ranges
                 index = jnp.where(step < end1 - first1, first1 + step, first2 + step - (end1 - first1))
                 keys = index * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
-                seen = masks.membership(lookup.rows, keys)
+                seen = visibility.membership(lookup.rows, keys)
                 extra = (index,) if with_index else ()
                 return tile(carry, segment, seen, k_tiles[index], v_tiles[index], *extra)
 
@@ -193,9 +193,15 @@ class _Tiles:
         rows = segment.rows
         if rows is None:
             rows = jnp.zeros((4, self.queries), jnp.int32).at[1].set(keys)
-        rows = jnp.pad(jnp.asarray(rows), ((0, 0), (0, -self.queries % self.block_q)))
-        ranges, _ = masks.tile_ranges(rows, self.block_q, self.block_k)
-        return _Lookup(ranges.T, rows.reshape(4, -1, self.block_q).swapaxes(0, 1))
+        rows = jnp.pad(jnp.asarray(rows), ((0, 0),) * (rows.ndim - 1) + ((0, -self.queries % self.block_q),))
+        if rows.ndim == 2:
+            ranges, _ = visibility.tile_ranges(rows, self.block_q, self.block_k)
+            return _Lookup(ranges.T, rows.reshape(4, -1, self.block_q).swapaxes(0, 1))
+        # One loop serves all batch entries: it visits the tiles that a row of any of them may see.
+        blocks = rows.reshape(self.batch, 4, -1, self.block_q)
+        all_rows = blocks.transpose(1, 2, 0, 3).reshape(4, -1)
+        ranges, _ = visibility.tile_ranges(all_rows, self.batch * self.block_q, self.block_k)
+        return _Lookup(ranges.T, jnp.moveaxis(blocks, 2, 0))
 
 
 def _round_up(n, multiple):

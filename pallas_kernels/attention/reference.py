@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention import rows as visibility
 from pallas_kernels.attention.backend import Segment
 
 
@@ -44,7 +44,8 @@ def attend_by_rows(q, segments: tuple[Segment, ...], scale: float, block: int = 
     q_blocks = q_blocks.reshape(q.shape[0], -1, block, *q.shape[2:]).swapaxes(0, 1)
 
     def row_blocks(rows):
-        return jnp.pad(jnp.asarray(rows), ((0, 0), (0, pad))).reshape(4, -1, block).swapaxes(0, 1)
+        rows = jnp.pad(jnp.asarray(rows), ((0, 0),) * (rows.ndim - 1) + ((0, pad),))
+        return jnp.moveaxis(rows.reshape(*rows.shape[:-1], -1, block), -2, 0)
 
     rows = [None if s.rows is None else row_blocks(s.rows) for s in segments]
 
@@ -62,7 +63,7 @@ def _scores(grouped, segment):
     scores = _dot("bqhgd,bkhd->bhgqk", grouped, segment.k.astype(grouped.dtype))
     if segment.rows is None:
         return scores
-    seen = masks.membership(jnp.asarray(segment.rows), jnp.arange(segment.k.shape[1], dtype=jnp.int32))
+    seen = visibility.membership(jnp.asarray(segment.rows), jnp.arange(segment.k.shape[1], dtype=jnp.int32))
     return jnp.where(seen, scores, -jnp.inf)
 
 

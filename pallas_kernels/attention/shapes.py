@@ -9,7 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from pallas_kernels.attention.mask import BlockCausal, Cached, Full, Intervals, Mask, TeacherForcing
+from pallas_kernels.attention.chunk_masks import BlockCausal, Captioned, TeacherForcing
+from pallas_kernels.attention.mask import Cached, Full, Intervals, Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,16 @@ class Case:
         return {"own": self.own} | ({} if self.context is None else {"context": self.context})
 
     def pairs(self) -> dict[str, int]:
-        """Allowed query–key pairs per head and batch entry, by segment: what useful work is counted in."""
+        """Allowed query–key pairs per head and batch entry (their mean), by segment: what useful work is counted in."""
         visible = self.mask.visible(self.queries, self.own, self.context)
-        rows = {"own": visible.own, "context": visible.context}
-        return {
-            name: self.queries * length if rows[name] is None else int((rows[name][1::2] - rows[name][0::2]).sum())
-            for name, length in self.segments.items()
-        }
+
+        def count(rows, length):
+            if rows is None:
+                return self.queries * length
+            total = int((rows[..., 1::2, :] - rows[..., 0::2, :]).sum())
+            return total if rows.ndim == 2 else total / len(rows)
+
+        return {name: count(getattr(visible, name), length) for name, length in self.segments.items()}
 
 
 def _lopsided(queries, own, context):
@@ -81,6 +85,25 @@ SMALL = (
     Case("empty_tiles", _late(200, 140), 200, 150),
 )
 
+
+def _by_entry(queries, own):
+    """Ends of every form: one a query, one a batch entry, one for each pair of them, one for all; three entries."""
+    row, entry = np.arange(queries, dtype=np.int32), np.arange(3, dtype=np.int32)[:, None]
+    return Intervals(
+        own=((row // 2, row // 2 + 40 * entry), (np.array([[90], [140], [0]], np.int32), own + 5)),
+        context=((0, np.array([[31], [0], [64]], np.int32)), (50 + 9 * entry, row // 3 + 20 * entry)),
+    )
+
+
+BY_ENTRY = (
+    Case("captions", Captioned(TeacherForcing(20, 40), (29, 5, 0), 37), 140, 140, 177, batch=3, heads=4, kv_heads=2),
+    Case("captions_alone", Captioned(BlockCausal(13, 47), (70, 133), 150), 107, 107, 150, batch=2, dim=128),
+    Case("captions_window", Captioned(TeacherForcing(20, 40, window=2), (3, 21), 21), 180, 180, 201, batch=2),
+    Case("captions_cached", Cached((67, 190, 150), 67, (5, 67, 31)), 60, 60, 200, batch=3, heads=6, kv_heads=2),
+    Case("intervals_by_entry", _by_entry(150, 170), 150, 170, 90, batch=3),
+)
+"""Batch entries see different keys."""
+
 FRAME, FRAMES = 1560, 21
 _CLIP = FRAME * FRAMES
 _WAN = {"heads": 12, "kv_heads": 12, "dim": 128}
@@ -94,6 +117,16 @@ WAN = (
     Case("decode_1", Cached(_CLIP - FRAME), FRAME, FRAME, _CLIP - FRAME, **_WAN),
     Case("decode_3", Cached(_CLIP - 3 * FRAME), 3 * FRAME, 3 * FRAME, _CLIP - 3 * FRAME, **_WAN),
 )
+
+WAN_CAPTIONS = (
+    Case(
+        "tf_captions_3", Captioned(TeacherForcing(3 * FRAME, 3 * FRAME), (77, 512), 512),
+        _CLIP, _CLIP, _CLIP + 512, batch=2, heads=16, kv_heads=8, dim=128,
+    ),
+    Case("decode_captions_3", Cached(_CLIP - 3 * FRAME, 512, (77, 512)), 3 * FRAME, 3 * FRAME, _CLIP - 3 * FRAME,
+         batch=2, heads=16, kv_heads=8, dim=128),
+)  # fmt: skip
+"""Two captions of different lengths at the front of the context, and grouped heads."""
 
 
 def case(name: str, cases=WAN) -> Case:

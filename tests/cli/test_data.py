@@ -20,6 +20,7 @@ from crcm_jax.data import set_manifest, shards, tensor_file, video_files
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.wan.transformer import WanTransformer
 from crcm_jax.sampling import generate_whole, teacher_times
@@ -139,8 +140,7 @@ def test_from_prompts(sampled, weights):
         noise = np.random.default_rng(5 + i).standard_normal((1, 3, 4, 6, 16), np.float32)
         cond, uncond = (Condition(encoder([text])) for text in (PROMPTS[i], "worst"))
         wanted = generate_whole(
-            network,
-            params,
+            Bound(network, params),
             cond,
             noise,
             times=teacher_times(3, 3.0, 5000.0),

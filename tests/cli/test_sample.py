@@ -10,10 +10,10 @@ import small_release
 import tiny
 from small_release import SMALL, SMALL_I2V
 
-from configs import wan2_1
-from configs.digits import get_config
 from crcm_jax import pipeline, recipes
 from crcm_jax.cli import _sample_solver, sample
+from crcm_jax.configs import wan2_1
+from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.producer import clip_noise
 from crcm_jax.evaluate.video import write_video

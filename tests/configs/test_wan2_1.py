@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from configs.wan2_1 import VARIANTS, get_config
 from crcm_jax import build, flow
+from crcm_jax.configs.wan2_1 import VARIANTS, get_config
 from crcm_jax.errors import UserError
 from crcm_jax.models.wan.config import WanConfig
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from convert import engine, models
+from crcm_jax.convert import engine, models
 from crcm_jax.models.text.umt5 import UMT5Config
 from crcm_jax.models.vae.config import WanVAEConfig
 from crcm_jax.models.vision.clip import CLIPVisionConfig

@@ -10,8 +10,8 @@ import convert_fakes as fakes
 import numpy as np
 import pytest
 
-from convert import engine, safetensors_file, sources
 from crcm_jax.cli import convert as cli
+from crcm_jax.convert import engine, safetensors_file, sources
 from crcm_jax.errors import UserError
 
 MODEL = fakes.TINY["t2v"]

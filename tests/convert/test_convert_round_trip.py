@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from convert import engine, models, safetensors_file
-from convert.arrays import Spec, blocks
+from crcm_jax.convert import engine, models, safetensors_file
+from crcm_jax.convert.arrays import Spec, blocks
 from crcm_jax.errors import UserError
 from crcm_jax.saving import storage
 from crcm_jax.saving.weights import load_meta, load_params

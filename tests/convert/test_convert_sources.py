@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from convert import engine, outputs
 from crcm_jax.cli import convert as cli
+from crcm_jax.convert import engine, outputs
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.saving.weights import save_params
 

@@ -10,8 +10,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from threadpoolctl import threadpool_limits
 
-from configs.digits import get_config
 from crcm_jax import build
+from crcm_jax.configs.digits import get_config
 from crcm_jax.data import digits, pipeline
 from crcm_jax.errors import UserError
 from crcm_jax.models.text.words import WordEncoder

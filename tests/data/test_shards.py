@@ -9,6 +9,7 @@ import tarfile
 import latent_sets as sets
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from crcm_jax.data import array_record_shard, example, shards, tar_shard
 from crcm_jax.data.example import DamagedExample
@@ -217,7 +218,7 @@ def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(array_record_shard, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
     with pytest.raises(OSError, match="No space left") as caught:
         array_record_shard.write(tmp_path / "a.array_record", [sets.example(0)])
     assert caught.value.errno == errno.ENOSPC

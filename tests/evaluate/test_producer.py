@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs.digits import get_config
 from crcm_jax import pipeline, recipes
 from crcm_jax.__main__ import dispatch
+from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer, run
 from crcm_jax.sampling import ContextRule, Few, Ode, Schedule, Whole
@@ -64,11 +64,11 @@ def test_clips_depend_on_prompt_seed_steps_and_nothing_else(checkpoint):
 def test_guidance_and_the_empty_prompt_reach_the_sampler(checkpoint, monkeypatch):
     loaded, given = pipeline.load(checkpoint), {}
 
-    def generate(model, cond, **options):
-        given.update(options, model=model)
-        return jax.numpy.full(options["shape"], 9.0)
+    def generate_with(solver, model, cond, noise, **options):
+        given.update(options, model=model, solver=solver)
+        return jax.numpy.full(noise.initial.shape, 9.0)
 
-    monkeypatch.setattr(producer, "generate", generate)
+    monkeypatch.setattr(producer, "generate_with", generate_with)
     clips = producer.producer(loaded, Ode(2), guidance=4.0)(["a one moves up"], [0])
     assert given["guidance"] == 4.0 and given["solver"] == Ode(2)
     assert given["model"].network.chunks.size == 1 and given["model"].params is loaded.bound.params

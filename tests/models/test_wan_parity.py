@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import engine
-from convert.arrays import TRANSFORMS
-from convert.tables import wan_transformer as tables
+from crcm_jax.convert import engine
+from crcm_jax.convert.arrays import TRANSFORMS
+from crcm_jax.convert.tables import wan_transformer as tables
 from crcm_jax.models.base import Condition
 from crcm_jax.models.bound import Bound
 from crcm_jax.models.wan.config import WanConfig

@@ -11,7 +11,6 @@ from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import TeacherForcing
 from crcm_jax.models.bound import Bound
 from crcm_jax.models.wan.config import WanConfig
-from crcm_jax.parallel.mesh import AXES
 from crcm_jax.parallel.placement import Placement
 from pallas_kernels.attention import chunked
 
@@ -47,7 +46,7 @@ def test_attention_runs_again_only_under_block(remat, calls, placement, monkeypa
 
 def test_gathered_weights_are_never_kept():
     """Without remat a layer gathers its ten matrices again, as it does where everything is computed again."""
-    fsdp = Placement(jax.sharding.AbstractMesh((1, 2, 1, 1), AXES))
+    fsdp = Placement(tiny.abstract_mesh(1, 2, 1, 1))
 
     def gathers_and_scatters(remat):
         function, params = gradient(remat, fsdp)

@@ -6,13 +6,16 @@ and the output that the derivatives read back, are first rounded to that dtype: 
 operands and exact accumulation would give.
 """
 
+import dataclasses
+import functools
+
 import numpy as np
 
-from pallas_kernels.attention import BlockCausal, Cached, Full, Intervals, TeacherForcing
+from pallas_kernels.attention import BlockCausal, Cached, Captioned, Full, Intervals, TeacherForcing
 
 
 def allowed(case):
-    """Boolean `[queries, keys]` per segment, from the mask's predicate."""
+    """Boolean `[queries, keys]` per segment, from the mask's predicate; with a batch axis where entries differ."""
     mask, queries = case.mask, case.queries
     i = np.arange(queries)[:, None]
     j = {name: np.arange(length)[None] for name, length in case.segments.items()}
@@ -36,15 +39,29 @@ def allowed(case):
         return {"own": block(j["own"]) == bq, "context": in_reach(bq, bk, bk < bq)}
     if isinstance(mask, Cached):
         k = j["context"]
-        seen = (k < mask.stop) & ((k < mask.sink) | (k >= mask.start))
-        return everything | {"context": np.broadcast_to(seen, everything["context"].shape)}
+        stop, start, sink = (np.reshape(x, (*np.shape(x), 1, 1)) for x in (mask.stop, mask.start, mask.sink))
+        seen = (k < stop) & ((k < sink) | (k >= start))
+        return everything | {"context": np.broadcast_to(seen, (*seen.shape[:-2], *everything["context"].shape))}
+    if isinstance(mask, Captioned):
+        inner = allowed(dataclasses.replace(case, mask=mask.mask, context=case.context - mask.tokens))
+        stream = inner.get("context", np.zeros((queries, 0), bool))
+        lengths = np.reshape(mask.lengths, (*np.shape(mask.lengths), 1, 1))
+        caption = np.broadcast_to(np.arange(mask.tokens) < lengths, (*lengths.shape[:-2], queries, mask.tokens))
+        return inner | {"context": _joined([caption, stream])}
     assert isinstance(mask, Intervals)
     for name in everything:
         pairs = getattr(mask, name)
         if pairs is not None:
-            columns = [[np.reshape(np.broadcast_to(e, (queries,)), (-1, 1)) for e in pair] for pair in pairs]
-            everything[name] = np.any([(j[name] >= lo) & (j[name] < hi) for lo, hi in columns], axis=0)
+            columns = [[np.broadcast_to(e, (*np.shape(e)[:-1], queries))[..., None] for e in pair] for pair in pairs]
+            parts = [(j[name] >= lo) & (j[name] < hi) for lo, hi in columns]
+            everything[name] = functools.reduce(np.logical_or, parts, np.zeros_like(everything[name]))
     return everything
+
+
+def _joined(parts):
+    """Parts `[queries, keys]` and `[batch, queries, keys]` side by side."""
+    leading = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return np.concatenate([np.broadcast_to(part, (*leading, part.shape[-1])) for part in parts], axis=-1)
 
 
 class Oracle:
@@ -57,9 +74,10 @@ class Oracle:
         self.q = self._queries(inputs["q"])
         k, v = zip(*(inputs[name] for name in case.segments))
         self.k, self.v = self._keys(k), self._keys(v)
-        seen = np.concatenate([m for m in allowed(case).values()], axis=1)
+        seen = _joined(list(allowed(case).values()))
+        seen = seen if seen.ndim == 2 else seen[:, None]  # over heads
         scores = np.where(seen, self.scale * self.q @ self.k.swapaxes(-1, -2), -np.inf)
-        top = np.where(seen.any(1)[:, None], scores.max(-1, keepdims=True), 0)
+        top = np.where(seen.any(-1)[..., None], scores.max(-1, keepdims=True), 0)
         weights = np.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
         safe = np.where(total == 0, 1, total)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.attention import BlockCausal, Full, api, attention
+from pallas_kernels.attention import BlockCausal, Cached, Full, api, attention
 
 
 def ones(*shape, dtype=jnp.float32):
@@ -36,17 +36,21 @@ Q, K = ones(1, 8, 4, 16), ones(1, 6, 2, 16)
         ((Q, K, K, (ones(1, 6, 1, 16), K)), r"^context\[0\]: has 1 heads"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arrays(arguments, message):
     q, k, v, context = arguments
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: attention(q, k, v, context=context))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_choices():
     with pytest.raises(ValueError, match=r"^implementation: 'flash' is unknown"):
         attention(Q, K, K, implementation="flash")
     with pytest.raises(ValueError, match=r"^mask: ndarray is no mask"):
         attention(Q, K, K, mask=np.ones((8, 6)))
+    with pytest.raises(ValueError, match=r"^mask: has values for 3 batch entries and q has 1"):
+        attention(Q, K, K, context=(K, K), mask=Cached((1, 2, 3)))
     with pytest.raises(ValueError, match=r"^mask: BlockCausal"):
         attention(Q, K, K, context=(K, K), mask=BlockCausal(2, 2))
 
@@ -83,7 +87,7 @@ def test_grouped_heads_default_scale_and_context():
 
 
 def test_the_package_stands_alone():
-    allowed = {"jax", "numpy", "pallas_kernels"}
+    allowed = {"jax", "jaxtyping", "numpy", "pallas_kernels"}
     standard = set(__import__("sys").stdlib_module_names)
     root = pathlib.Path(pallas_kernels.__file__).parent
     for path in root.rglob("*.py"):

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.backend import Segment
 from pallas_kernels.attention.mosaic_gpu import blocks, plan
-from pallas_kernels.attention.shapes import SMALL, case
+from pallas_kernels.attention.shapes import BY_ENTRY, SMALL, case
 
 MOVING, STILL = (True, True), (False, False)
 
@@ -35,6 +35,50 @@ def test_kernels_lower_for_cuda_without_a_quadratic_buffer():
         for dims in re.findall(r"tensor<((?:\d+x)+)", str(lowered.as_text()))
     ]
     assert max(sizes) == x.size
+
+
+@pytest.mark.parametrize("name, traced", [("captions_alone", False), ("captions", True)])
+def test_kernels_lower_for_rows_of_each_batch_entry(name, traced):
+    """Each program's rows and plan are read at its batch entry: kernels take them with three axes."""
+    shape = case(name, BY_ENTRY)
+    sizes = {"q": (shape.queries, shape.heads)} | {n: (m, shape.kv_heads) for n, m in shape.segments.items()}
+    x = {
+        name: jax.ShapeDtypeStruct((shape.batch, tokens, heads, shape.dim), jnp.bfloat16)
+        for name, (tokens, heads) in sizes.items()
+    }
+    names = tuple(shape.segments)
+    known = shape.mask.visible(shape.queries, shape.own, shape.context)[: len(names)]
+    given = [rows for rows in known if rows is not None] if traced else []
+
+    def run(x, given):
+        given = iter(given)
+        rows = [next(given) if traced and r is not None else r for r in known]
+        segments = tuple(Segment(x[name], x[name], r) for name, r in zip(names, rows))
+        still = ((None, None),) * (len(names) - 1)
+        o, lse = mosaic_gpu.forward(x["q"], segments, 0.1)
+        moving = x["q"], ((x["own"], x["own"]), *still)
+        do, dlse = mosaic_gpu.tangent(x["q"], segments, 0.1, o, lse, *moving)
+        together = mosaic_gpu.forward_tangent(x["q"], segments, 0.1, *moving)
+        wanted = True, (MOVING,) * len(names)
+        return together, mosaic_gpu.backward(x["q"], segments, 0.1, o, lse, do, dlse, wanted)
+
+    traced_run = jax.jit(run).trace(x, given)
+    assert re.search(rf"i32\[{shape.batch},\d+,8\]", str(traced_run.jaxpr))
+    traced_run.lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("shape", BY_ENTRY, ids=lambda c: c.name)
+def test_the_plan_of_each_batch_entry_is_its_own(shape):
+    visible = shape.mask.visible(shape.queries, shape.own, shape.context)
+    for name in shape.segments:
+        keys, rows = shape.segments[name], getattr(visible, name)
+        if rows is None:
+            continue
+        rows = plan.rows_of(Segment(np.zeros((shape.batch, keys, 1, 1)), None, rows), shape.queries, 128)
+        planned = functools.partial(plan.plan_of, block_q=128, block_k=64)
+        for table in (planned(rows), np.asarray(jax.jit(planned)(rows))):
+            alone = [planned(r) for r in rows] if rows.ndim == 3 else planned(rows)
+            np.testing.assert_array_equal(table, alone)
 
 
 def test_what_is_not_wanted_is_not_computed():
@@ -62,22 +106,29 @@ def test_every_kernel_has_measured_blocks():
     assert blocks.blocks_for("dq", 64) == blocks.table()["dq", 64]
 
 
-@pytest.mark.parametrize("shape", SMALL, ids=lambda c: c.name)
+@pytest.mark.parametrize("shape", SMALL + BY_ENTRY, ids=lambda c: c.name)
 def test_the_transposed_plan_visits_what_is_seen(shape):
     visible = shape.mask.visible(shape.queries, shape.own, shape.context)
     for name, predicate in oracle.allowed(shape).items():
         keys = shape.segments[name]
-        segment = Segment(np.zeros((1, keys, 1, 1)), None, getattr(visible, name))
+        segment = Segment(np.zeros((shape.batch, keys, 1, 1)), None, getattr(visible, name))
         rows = plan.rows_of(segment, shape.queries, 128)
-        predicate = np.pad(predicate, ((0, rows.shape[1] - shape.queries), (0, -keys % 128)), mode="edge")
-        predicate[:, keys:] = False
         planned = functools.partial(plan.transposed_plan_of, block_q=64, block_k=128, keys=keys)
-        for table in (planned(rows), np.asarray(jax.jit(planned)(rows))):
-            for block, (first, end, *_, inner, inner_end, _, _) in enumerate(table):
-                tiles = predicate[:, block * 128 : (block + 1) * 128].reshape(-1, 64, 128)
-                seen, whole = tiles.any((1, 2)), tiles.all((1, 2))
-                assert set(np.flatnonzero(seen)) <= set(range(first, end))
-                assert first <= inner <= inner_end <= end and whole[inner:inner_end].all()
+        for tables in (planned(rows), np.asarray(jax.jit(planned)(rows))):
+            assert tables.ndim == rows.ndim
+            entries = ([tables], [predicate]) if rows.ndim == 2 else (tables, predicate)
+            for table, seen_by_entry in zip(*entries, strict=True):
+                _check_transposed(table, seen_by_entry, rows.shape[-1], keys)
+
+
+def _check_transposed(table, predicate, queries, keys):
+    predicate = np.pad(predicate, ((0, queries - len(predicate)), (0, -keys % 128)), mode="edge")
+    predicate[:, keys:] = False
+    for block, (first, end, *_, inner, inner_end, _, _) in enumerate(table):
+        tiles = predicate[:, block * 128 : (block + 1) * 128].reshape(-1, 64, 128)
+        seen, whole = tiles.any((1, 2)), tiles.all((1, 2))
+        assert set(np.flatnonzero(seen)) <= set(range(first, end))
+        assert first <= inner <= inner_end <= end and whole[inner:inner_end].all()
 
 
 @pytest.mark.parametrize("queries, keys", [(1, 200), (150, 77), (256, 256)])

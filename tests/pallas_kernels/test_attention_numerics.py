@@ -1,6 +1,7 @@
 """Every backend against the float64 oracle: values, tangents, gradients; ordinary and adversarial inputs; dtypes."""
 
 import dataclasses
+import functools
 
 import attention_oracle as oracle
 import jax
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import Intervals, attention
-from pallas_kernels.attention.shapes import SMALL, case
+from pallas_kernels.attention import Intervals, attention, chunked
+from pallas_kernels.attention.shapes import BY_ENTRY, SMALL, case
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 # float32: a few hundred roundings of 6e-8 add up at random. Lower dtypes: measured against an ideal kernel instead.
@@ -83,9 +84,10 @@ def measure(case, implementation, inputs, tangents):
     rng = np.random.default_rng(99)
     q = inputs["q"]
     g = jnp.asarray(rng.normal(size=q.shape), q.dtype)
-    seen = np.sum([m.any(1) for m in oracle.allowed(case).values()], axis=0) > 0
+    seen = functools.reduce(np.logical_or, [m.any(-1) for m in oracle.allowed(case).values()])
     g_lse = jnp.asarray(
-        np.where(seen, rng.normal(size=(case.batch, case.heads, case.queries)), 0), jnp.promote_types(q.dtype, F32)
+        np.where(seen if seen.ndim == 1 else seen[:, None], rng.normal(size=(case.batch, case.heads, case.queries)), 0),
+        jnp.promote_types(q.dtype, F32),
     )
     return everything(inputs, tangents, (g, g_lse)), (g, g_lse)
 
@@ -110,12 +112,24 @@ def ideal(case, inputs, tangents, cotangents, dtype):
     return kernel.o, kernel.lse, *kernel.tangent(tangents), kernel.backward(*cotangents)
 
 
-@pytest.mark.parametrize("name", [c.name for c in SMALL])
+@pytest.mark.parametrize("name", [c.name for c in SMALL + BY_ENTRY])
 def test_float32_agrees_with_the_oracle(backend, name):
-    shape = case(name, SMALL)
+    shape = case(name, SMALL + BY_ENTRY)
     served(shape, backend, F32)
     inputs, tangents = draw(shape, 1), draw(shape, 2)
     got, cotangents = measure(shape, backend, inputs, tangents)
+    found = errors(shape, inputs, tangents, got, cotangents)
+    assert max(found.values()) < F32_TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", [c.name for c in BY_ENTRY])
+def test_a_loop_over_tiles_serves_every_batch_entry(monkeypatch, name):
+    """Tiles so small that some are seen by one entry alone."""
+    monkeypatch.setattr(chunked, "BLOCK_Q", 48)
+    monkeypatch.setattr(chunked, "BLOCK_K", 32)
+    shape = case(name, BY_ENTRY)
+    inputs, tangents = draw(shape, 1), draw(shape, 2)
+    got, cotangents = measure(shape, "chunked", inputs, tangents)
     found = errors(shape, inputs, tangents, got, cotangents)
     assert max(found.values()) < F32_TOLERANCE, found
 

@@ -15,6 +15,8 @@ from pallas_kernels.attention import (
     OUTPUT_NAME,
     BlockCausal,
     Cached,
+    Captioned,
+    Intervals,
     TeacherForcing,
     attention,
     autodiff,
@@ -263,6 +265,58 @@ def test_saved_names_spare_the_forward_kernel():
         return jax.jit(jax.grad(lambda x: f(x).sum())).lower(x).compile().as_text().count(" while(")
 
     assert gradient(NAMED) < gradient(None)
+
+
+def captioned(clean, lengths, tokens=17):
+    """A batch of three whose captions differ in length, ahead of the clean stream."""
+    return jnp.concatenate([clean[:, :tokens], clean], axis=1), Captioned(MASK, lengths, tokens)
+
+
+def captioned_gradients(lengths, implementation, **how):
+    x, clean, dx = (normal(seed, 3, TOKENS, HEADS, DIM) for seed in (4, 5, 6))
+
+    def loss(x, clean):
+        context, mask = captioned(clean, lengths)
+
+        def call(x):
+            k = x[:, :, :1] * 0.5
+            pair = context[:, :, :1] * 0.7, context[:, :, 1:]
+            return attend(x, k, x[:, :, 1:], context=pair, mask=mask, implementation=implementation, **how)
+
+        y, dy = jax.jvp(call, (x,), (dx,))
+        return jnp.mean((y - jax.lax.stop_gradient(y - 0.1 * dy)) * jnp.cos(y) + 0.01 * y**2)
+
+    return jax.value_and_grad(loss, (0, 1))(x, clean)
+
+
+@functools.cache
+def expected_over_captions():
+    return jax.jit(functools.partial(captioned_gradients, implementation="reference"))(jnp.int32([17, 0, 5]))
+
+
+@pytest.mark.parametrize("how", [{}, {"one_pass": True}], ids=["two_passes", "one_pass"])
+def test_a_consistency_loss_over_captions_of_different_lengths(tiled, how):
+    """Lengths are traced; queries have twice as many heads as keys."""
+    gradients = jax.jit(functools.partial(captioned_gradients, implementation=tiled, **how))
+    close(gradients(jnp.int32([17, 0, 5])), expected_over_captions(), tiled)
+    with pytest.raises(AssertionError):  # captions exchanged show
+        close(gradients(jnp.int32([17, 5, 0])), expected_over_captions(), tiled)
+
+
+def test_second_derivatives_with_rows_of_each_entry(tiled):
+    """More queries than the plain implementation takes at a time."""
+    x, dx, g = (normal(seed, 2, 160, 1, 16) for seed in (4, 5, 6))
+    mask = Intervals(own=((np.int32([[0], [30]]), np.arange(160) + np.int32([[5], [90]])),))
+
+    def tangent(x, implementation):
+        return jax.jvp(lambda x: attend(x, 0.5 * x, x, mask=mask, implementation=implementation), (x,), (dx,))[1]
+
+    def pulled(implementation):
+        return jax.jit(lambda x: jax.vjp(functools.partial(tangent, implementation=implementation), x)[1](g))(x)
+
+    if tiled in ROUNDED:
+        pytest.skip("head dim 16")
+    close(pulled(tiled), pulled("reference"), tiled)
 
 
 def test_traced_masks(tiled):

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import Cached, Full, TeacherForcing, attention, mosaic_tpu
+from pallas_kernels.attention import Cached, Captioned, Full, TeacherForcing, attention, mosaic_tpu
 from pallas_kernels.attention.backend import Segment
 from pallas_kernels.attention.mosaic_tpu import plan as plans
 from pallas_kernels.attention.mosaic_tpu.blocks import KERNELS, blocks_for
-from pallas_kernels.attention.shapes import SMALL, WAN, Case
+from pallas_kernels.attention.shapes import BY_ENTRY, SMALL, WAN, Case
 
 
 def segments_of(case, visible=None):
@@ -71,10 +71,43 @@ TRACED = ("block_causal_window", "cached_empty", "intervals", "empty_rows")
     ids=[c.name for c in SMALL] + [f"{name}-traced" for name in TRACED],
 )
 def test_plans_visit_what_is_seen_once_and_in_order(case, build):
-    block_q, block_k = 32, 48
+    check_plans(case, *build(case, 32, 48), oracle.allowed(case))
+
+
+@pytest.mark.parametrize("build", [plans_of, traced_plans_of])
+@pytest.mark.parametrize("case", BY_ENTRY, ids=lambda c: c.name)
+def test_each_batch_entry_has_a_plan_of_its_own(case, build):
+    by_queries, by_keys = build(case, 32, 48)
+    assert by_queries.codes.ndim == 2
+    counts = []
+    for b in range(case.batch):
+        own = [entry_of(plan, b) for plan in (by_queries, *by_keys)]
+        counts.append(own[0].count)
+        allowed = {name: seen if seen.ndim == 2 else seen[b] for name, seen in oracle.allowed(case).items()}
+        check_plans(case, own[0], own[1:], allowed)
+    assert by_queries.count == max(counts)
+    assert case.name != "captions_cached" or len(set(counts)) > 1  # idle steps are among what is tested
+
+
+def entry_of(plan, b):
+    """The plan of one batch entry without its idle steps, which must hold what the last step held."""
+    if plan.codes.ndim == 1:
+        return plan
+    codes, tiles = np.asarray(plan.codes)[b], [np.asarray(x)[b] for x in plan.tiles]
+    count = int((codes >= 0).sum())
+    assert (codes[:count] >= 0).all() and (codes[count:] < 0).all() and count <= plan.count
+    idle = -1 - codes[count:]
+    assert (idle >> plans.OUTER_SHIFT == codes[count - 1] >> plans.OUTER_SHIFT).all()
+    assert not (idle & (plans.FIRST | plans.LAST)).any()
+    assert all((x[count:] == x[count - 1]).all() for x in tiles)
+    return plans.Plan(codes, tuple(tiles), count, (), (), ())
+
+
+def check_plans(case, by_queries, by_keys, allowed, block_q=32, block_k=48):
+    """allowed: booleans `[queries, keys]` by segment."""
     blocks = -(-case.queries // block_q)
     by_query, by_key = {}, []
-    for number, (length, seen) in enumerate(zip(case.segments.values(), oracle.allowed(case).values())):
+    for number, (length, seen) in enumerate(zip(case.segments.values(), allowed.values())):
         tiles = -(-length // block_k)
         by_key.append({})
         for i in range(blocks):
@@ -83,7 +116,6 @@ def test_plans_visit_what_is_seen_once_and_in_order(case, build):
                 full_keys, full_queries = part.shape[1] == block_k, part.shape[0] == block_q
                 by_query[i, number, j] = part.any(), part.all() and full_keys
                 by_key[-1][j, 0, i] = part.any(), part.all() and full_keys and full_queries
-    by_queries, by_keys = build(case, block_q, block_k)
     check(*steps_of(by_queries), by_query, blocks)
     for length, plan, tiles in zip(case.segments.values(), by_keys, by_key):
         check(*steps_of(plan), tiles, -(-length // block_k))
@@ -141,6 +173,23 @@ def test_other_head_dims(dim, groups):
     assert max(jax.tree.leaves(found)) < 3e-6, found
 
 
+def test_rows_of_each_batch_entry_lower_for_a_tpu():
+    """The plans' lists, of as many steps as the longest, are traced here: their lengths come with the call."""
+    q, k, context = (jax.ShapeDtypeStruct((2, *shape, 128), jnp.bfloat16) for shape in ((160, 4), (160, 2), (197, 2)))
+
+    def derivatives(q, k, context, lengths):
+        mask = Captioned(TeacherForcing(80, 80), lengths, 37)
+
+        def call(q, k):
+            return attention(q, k, k, context=(context, context), mask=mask, implementation="mosaic_tpu")
+
+        return jax.jvp(call, (q, k), (q, k)), jax.vjp(call, q, k)[1](q)
+
+    with mosaic_tpu.compile_for("v6e"):
+        traced = jax.jit(derivatives).trace(q, k, context, jax.ShapeDtypeStruct((2,), jnp.int32))
+        assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 4
+
+
 def test_elsewhere_an_explicit_choice_says_why():
     if jax.default_backend() == "tpu":
         pytest.skip("there is a TPU")
@@ -162,6 +211,14 @@ def test_a_call_too_long_for_its_plan_is_refused():
 
     with mosaic_tpu.compile_for("v5e"), pytest.raises(ValueError, match="split the queries"):
         jax.eval_shape(call, x)
+
+    def call_of_two(x):  # one entry would fit
+        mask = Cached((1, 2))
+        return attention(x, x, x, context=(x, x), mask=mask, implementation="mosaic_tpu")
+
+    x = jax.ShapeDtypeStruct((2, 50_000, 1, 128), jnp.bfloat16)
+    with mosaic_tpu.compile_for("v5e"), pytest.raises(ValueError, match=r"2 batch entries of .* split the batch"):
+        jax.eval_shape(call_of_two, x)
 
 
 def test_a_plan_of_a_traced_mask_runs_only_the_steps_it_needs():

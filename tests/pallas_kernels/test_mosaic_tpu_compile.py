@@ -18,11 +18,11 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 from jax.sharding import SingleDeviceSharding
 from pallas_kernels.attention.mosaic_tpu import aot, compile_report
-from pallas_kernels.attention.shapes import case
+from pallas_kernels.attention.shapes import WAN, WAN_CAPTIONS, case
 
 chip = aot.chip_named(sys.argv[1])
 sharding = SingleDeviceSharding(aot.devices(chip.name)[0])
-shape = case(sys.argv[2])
+shape = case(sys.argv[2], WAN + WAN_CAPTIONS)
 args = compile_report.arguments(shape, sharding)
 functions = compile_report.functions(shape)
 found = {}
@@ -58,8 +58,9 @@ def compile_for(chip, case, kernels, *more):
         ("v5p", "tf_target_3", "forward_tangent", ("sharded",)),
         ("v6e", "tf_target_1", "forward_tangent,backward_kv", ()),
         ("tpu7x", "decode_3", "forward", ()),
+        ("v5e", "tf_captions_3", "forward,forward_tangent,tangent,backward_q,backward_kv", ()),
     ],
-    ids=["v5e", "v5p", "v6e", "tpu7x"],
+    ids=["v5e", "v5p", "v6e", "tpu7x", "captions"],
 )
 def test_kernels_compile_at_wan_size_in_linear_memory(chip, case, kernels, more):
     """Scores of one head would be 20 times the arguments: temporaries are copies of arrays in other layouts."""

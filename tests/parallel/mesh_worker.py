@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.digits import TRAINING, get_config
 from crcm_jax import build
+from crcm_jax.configs.digits import TRAINING, get_config
 from crcm_jax.models.base import Condition
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import rules

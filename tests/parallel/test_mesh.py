@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from configs.digits import get_config
 from crcm_jax import build
+from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import plan, rules

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs.digits import get_config
 from crcm_jax import build
+from crcm_jax.configs.digits import get_config
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import rules
 from crcm_jax.train import state as states

@@ -15,8 +15,8 @@ import together
 import train_fakes as fakes
 from run_files import arrays_of, environment, files_of, wait_for
 
-from configs.digits import get_config
 from crcm_jax.cli.train import parse_processes
+from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.parallel import processes, witness
 from crcm_jax.saving import manifest, storage

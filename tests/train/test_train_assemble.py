@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.digits import get_config
 from crcm_jax import build
+from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.train import assemble
 from crcm_jax.train.checkpoint import save_params

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny as weights
 
-from configs.wan2_1 import get_config
 from crcm_jax import __main__ as program
 from crcm_jax import build
+from crcm_jax.configs.wan2_1 import get_config
 from crcm_jax.data import tensor_file
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.saving.weights import load_params, save_params

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from run_files import ROOT, arrays_of, environment
 
-from configs.digits import get_config
 from crcm_jax import build
+from crcm_jax.configs.digits import get_config
 from crcm_jax.saving.weights import save_params
 from crcm_jax.train import assemble
 

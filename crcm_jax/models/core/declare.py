@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from crcm_jax.models.base import Params
+from crcm_jax.shapes import Params
 
 
 class Declared:

@@ -28,7 +28,8 @@ def table(
     are a ValueError, or NaN where `start` is traced: never another frame's.
     """
     shape = (frames, height, width)
-    cosines, sines = [], []
+    cosines: list[jax.Array] = []
+    sines: list[jax.Array] = []
     for axis, channels in enumerate(axis_widths(head_dim)):
         rates = BASE ** (-2.0 * np.arange(channels // 2) / channels)
         if axis:
@@ -39,7 +40,8 @@ def table(
             along = [1, 1, 1, channels // 2]
             along[axis] = shape[axis]
             out.append(jnp.broadcast_to(values.reshape(along), (*shape, channels // 2)))
-    return tuple(jnp.concatenate(parts, -1).reshape(frames, -1, head_dim // 2) for parts in (cosines, sines))
+    cosine, sine = (jnp.concatenate(parts, -1).reshape(frames, -1, head_dim // 2) for parts in (cosines, sines))
+    return cosine, sine
 
 
 def _waves(positions: np.ndarray, rates: np.ndarray, dtype) -> tuple[jax.Array, jax.Array]:
@@ -53,13 +55,14 @@ def _along(start, frames: int, total: int | None, rates: np.ndarray, dtype) -> t
         return _endless(start, frames, rates, dtype)
     if isinstance(start, int) and start + frames > total:
         raise ValueError(f"frames {start} to {start + frames - 1} lie beyond a clip of {total} frames")
-    parts = [
+    cosine, sine = (
         jax.lax.dynamic_slice_in_dim(values, start, frames, 0) for values in _waves(np.arange(total), rates, dtype)
-    ]
+    )
     if isinstance(start, int):
-        return tuple(parts)
+        return cosine, sine
     # A slice would clamp, and show frames at another's place.
-    return tuple(jnp.where(start + frames <= total, values, jnp.nan) for values in parts)
+    within = start + frames <= total
+    return jnp.where(within, cosine, jnp.nan), jnp.where(within, sine, jnp.nan)
 
 
 def _endless(start, frames: int, rates: np.ndarray, dtype) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ def is_list(x: Any) -> bool:
 def listed(stacked: Any) -> list[Any]:
     """A tree of stacked arrays → a list of one tree a layer."""
     leaves, structure = jax.tree.flatten(stacked)
-    return [structure.unflatten(layer) for layer in zip(*map(jnp.unstack, leaves))]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*map(jnp.unstack, leaves))]
 
 
 def stacked(xs: Any) -> Any:

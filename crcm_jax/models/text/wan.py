@@ -13,27 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from crcm_jax.errors import UserError
+from crcm_jax.errors import UserError, need
 from crcm_jax.models.base import Params
 from crcm_jax.models.text.umt5 import UMT5Encoder
 from crcm_jax.models.wan.family import TOKENS
 
 
-def _optional(name: str):
-    """The module, or ImportError with the mend in one sentence."""
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ImportError(f"reading prompts needs {name}: pip install 'causal-rcm-jax[text]'") from error
-
-
 def clean_prompt(text: str, *, fix_unicode: bool = True) -> str:
     """The prompt as Wan saw prompts in training: broken unicode mended, HTML unescaped twice, spaces collapsed.
 
-    Raises ImportError where ftfy is missing and `fix_unicode` is on: skipping the mending could change embeddings.
+    Raises MissingPackage where ftfy is missing and `fix_unicode` is on: skipping the mending could change embeddings.
     """
     if fix_unicode:
-        text = _optional("ftfy").fix_text(text)
+        text = need("ftfy", extra="text").fix_text(text)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
@@ -58,15 +50,15 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     try:
         clean_prompt("")
         return load_tokenizer(path)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in `path`: a `tokenizer.json`, a sentencepiece `*.model`, or a folder with one of them.
 
-    Raises FileNotFoundError where there is none, ImportError where its library is missing, and ValueError where it has
-    no padding or end-of-sequence token.
+    Raises FileNotFoundError where there is none, MissingPackage where its library is missing, and ValueError where it
+    has no padding or end-of-sequence token.
     """
     path = Path(path)
     file = path
@@ -76,13 +68,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer.json and no sentencepiece *.model at {path}")
     if file.suffix == ".json":
-        tokenizer = _optional("tokenizers").Tokenizer.from_file(str(file))
+        tokenizer = need("tokenizers", extra="text").Tokenizer.from_file(str(file))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         end, pad = (tokenizer.token_to_id(name) for name in ("</s>", "<pad>"))
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     else:
-        model = _optional("sentencepiece").SentencePieceProcessor(model_file=str(file))
+        model = need("sentencepiece", extra="text").SentencePieceProcessor(model_file=str(file))
         # Minus one stands for a token that the model lacks.
         end, pad = (None if i < 0 else i for i in (model.eos_id(), model.pad_id()))
         encode = model.encode

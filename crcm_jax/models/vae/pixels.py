@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+from jaxtyping import Float
 
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Params
+from crcm_jax.shapes import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,18 @@ class PixelCodec:
             )
         return frames, height // self.patch, width // self.patch, self.channels * self.patch**2
 
+    @property
+    def dtype(self) -> str:
+        """Whatever it is given."""
+        return "float32"
+
     def init(self, key: jax.Array) -> Params:
         """It has no parameters."""
         return {}
 
-    def encode(self, params: Params, video: jax.Array) -> jax.Array:
+    def encode(
+        self, params: Params, video: Float[Array, "batch frame height width channel"]
+    ) -> Float[Array, "batch frame down across inner"]:
         """Pixels `[batch, frame, height, width, channel]` → latents `[…, height/p, width/p, channel·p²]`."""
         del params
         batch, frames, height, width, channels = video.shape
@@ -56,7 +65,9 @@ class PixelCodec:
         blocks = video.reshape(batch, frames, shape[1], p, shape[2], p, channels).transpose(0, 1, 2, 4, 3, 5, 6)
         return (blocks.reshape(batch, *shape) - self.mean) / self.std
 
-    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+    def decode(
+        self, params: Params, latents: Float[Array, "batch frame down across inner"]
+    ) -> Float[Array, "batch frame height width channel"]:
         """The inverse of `encode`. Values outside [−1, 1] are left as they are."""
         del params
         batch, frames, height, width, _ = latents.shape
@@ -64,7 +75,7 @@ class PixelCodec:
         blocks = (latents * self.std + self.mean).reshape(batch, frames, height, width, p, p, self.channels)
         return blocks.transpose(0, 1, 2, 4, 3, 5, 6).reshape(batch, frames, height * p, width * p, self.channels)
 
-    def decode_stream(self, params: Params, chunks: Iterator[jax.Array]) -> Iterator[jax.Array]:
+    def decode_stream(self, params: Params, chunks: Iterator[Array]) -> Iterator[Array]:
         """Pixels of each latent chunk as it arrives; frames are independent, so nothing is carried over."""
         for chunk in chunks:
             yield self.decode(params, chunk)

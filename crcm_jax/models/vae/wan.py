@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from crcm_jax.models.base import Params
 from crcm_jax.models.vae.config import WanVAEConfig
 from crcm_jax.models.vae.network import Decoder, Encoder
+from crcm_jax.shapes import Array
+
+Pixels: TypeAlias = Float[Array, "batch pixel_frame height width 3"]
+Latents: TypeAlias = Float[Array, "batch frame down across channel"]
 
 VAECache = Any
 """What every layer keeps of the frames before: a nested dict of `[batch, 1 or 2, height, width, channel]` arrays."""
@@ -69,6 +74,11 @@ class WanVAE:
     def __hash__(self):
         return hash(self.config)
 
+    @property
+    def dtype(self) -> str:
+        """See `models.base.Codec`."""
+        return self.config.dtype
+
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32."""
 
@@ -90,16 +100,16 @@ class WanVAE:
             raise ValueError(f"frames of {height}×{width} pixels do not divide into latent pixels of {side}×{side}")
         return 1 + (frames - 1) // time, height // side, width // side, self.config.channels
 
-    def encode(self, params: Params, video: jax.Array) -> jax.Array:
+    def encode(self, params: Params, video: Pixels) -> Latents:
         """Latents (the posterior's mean) of pixels `[batch, 1 + 4k, height, width, 3]`."""
         return self.encode_chunk(params, video)[0]
 
-    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+    def decode(self, params: Params, latents: Latents) -> Pixels:
         """Pixels `[batch, 1 + 4k, height, width, 3]` of latents `[batch, 1 + k, …]`."""
         return self.decode_chunk(params, latents)[0]
 
     @functools.partial(jax.jit, static_argnums=0)
-    def encode_chunk(self, params: Params, video: jax.Array, cache: VAECache | None = None):
+    def encode_chunk(self, params: Params, video: Pixels, cache: VAECache | None = None) -> tuple[Latents, VAECache]:
         """(latents, cache) of the next frames of a clip: 1 + 4k of them where `cache` is None (the start), else 4k.
 
         Raises ValueError for other numbers of frames, and for sizes that do not divide.
@@ -112,7 +122,7 @@ class WanVAE:
         return (z[..., : self.config.channels].astype(mean.dtype) - mean) / std, cache
 
     @functools.partial(jax.jit, static_argnums=0)
-    def decode_chunk(self, params: Params, latents: jax.Array, cache: VAECache | None = None):
+    def decode_chunk(self, params: Params, latents: Latents, cache: VAECache | None = None) -> tuple[Pixels, VAECache]:
         """(pixels, cache) of the next latent frames of a clip; `cache` is None at its start.
 
         1 + k latent frames become 1 + 4k pixel frames at the start, later k become 4k. However a clip is cut into
@@ -128,7 +138,7 @@ class WanVAE:
         x, cache = _over_time(network, z, 1, self.config.step, cache)
         return jnp.clip(x.astype(mean.dtype), -1.0, 1.0), cache
 
-    def decode_stream(self, params: Params, chunks: Iterator[jax.Array]) -> Iterator[jax.Array]:
+    def decode_stream(self, params: Params, chunks: Iterator[Latents]) -> Iterator[Pixels]:
         """Pixels of each latent chunk as it arrives; together, exactly the pixels of `decode`."""
         cache = None
         for latents in chunks:

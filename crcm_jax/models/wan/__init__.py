@@ -1,0 +1,1 @@
+"""The Wan family: its configuration, its transformer, its published releases."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +18,8 @@ class Block(nnx.Module):
 
     def __init__(self, c: WanConfig, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE):
         dtype, near = jnp.dtype(c.dtype), nnx.initializers.truncated_normal(1 / math.sqrt(c.dim))
-        heads = {"init": near, "dtype": dtype, "implementation": c.attention, "placement": placement, "rngs": rngs}
+        heads: dict[str, Any] = {"init": near, "dtype": dtype, "implementation": c.attention}
+        heads |= {"placement": placement, "rngs": rngs}
         self.modulation = nnx.Param(near(rngs.params(), (6, c.dim), jnp.float32))
         self.self_attn = wan.Attention(c.dim, c.heads, c.eps, image=False, **heads)
         self.cross_attn = wan.Attention(c.dim, c.heads, c.eps, image=c.image_dim is not None, **heads)

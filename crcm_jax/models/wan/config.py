@@ -6,9 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from crcm_jax.models import registry
 from crcm_jax.models.core.remat import REMAT
-from crcm_jax.models.wan.family import COMMON
+from crcm_jax.models.wan.family import COMMON, FAMILY
 from pallas_kernels.attention import IMPLEMENTATIONS
 
 
@@ -60,7 +59,7 @@ class WanConfig:
     @classmethod
     def published(cls, size: str, **changes) -> WanConfig:
         """Of a published size; UserError for an unknown one."""
-        return cls(**{**registry.size(size, "wan"), **changes})
+        return cls(**{**FAMILY.size(size), **changes})
 
     @classmethod
     def t2v_1_3b(cls, **changes) -> WanConfig:

@@ -22,11 +22,11 @@ TIME_SCALE = 1000.0
 class ImageEmbedding(nnx.Module):
     """LayerNorm, Linear, exact GELU, Linear, LayerNorm: CLIP tokens to text-like tokens (Wan2.1 I2V)."""
 
-    def __init__(self, c: WanConfig, rngs: nnx.Rngs):
+    def __init__(self, c: WanConfig, image_dim: int, rngs: nnx.Rngs):
         dtype, init = jnp.dtype(c.dtype), nnx.initializers.xavier_uniform()
         exact = functools.partial(jax.nn.gelu, approximate=False)
-        self.norm_in = wan.LayerNorm(c.image_dim, 1e-5, dtype, affine=True)
-        self.mlp = wan.Mlp(c.image_dim, c.image_dim, c.dim, exact, init=init, dtype=dtype, rngs=rngs)
+        self.norm_in = wan.LayerNorm(image_dim, 1e-5, dtype, affine=True)
+        self.mlp = wan.Mlp(image_dim, image_dim, c.dim, exact, init=init, dtype=dtype, rngs=rngs)
         self.norm_out = wan.LayerNorm(c.dim, 1e-5, dtype, affine=True)
 
     def __call__(self, image):
@@ -46,7 +46,7 @@ class Ends(nnx.Module):
         self.time_projection = wan.Linear(c.dim, 6 * c.dim, init=xavier, dtype=high, rngs=rngs)
         self.text_embedding = make(c.text_dim, c.dim, c.dim, wan.gelu, dtype=dtype)
         if c.image_dim is not None:
-            self.image_embedding = ImageEmbedding(c, rngs)
+            self.image_embedding = ImageEmbedding(c, c.image_dim, rngs)
         zeros = nnx.initializers.zeros_init()
         self.head = wan.Linear(c.dim, c.out_channels * patch, init=zeros, dtype=high, rngs=rngs)
         modulation = nnx.initializers.truncated_normal(1 / math.sqrt(c.dim))

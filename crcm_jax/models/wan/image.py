@@ -33,4 +33,5 @@ def size_of(width: int, height: int, area: int, side: int) -> tuple[int, int]:
     `side`, and at least that."""
     # Roots of whole numbers: a square that is one must not come out a hair too small.
     exact = math.isqrt(area * width // height), math.isqrt(area * height // width)
-    return tuple(max(side, n // side * side) for n in exact)
+    across, down = (max(side, n // side * side) for n in exact)
+    return across, down

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crcm_jax.parallel.placement import Placement
-from pallas_kernels.attention import Cached, Full, Mask, attention
-from pallas_kernels.attention.mosaic_gpu.decode import attend_cached
+from pallas_kernels.attention import Full, Mask, attention
 
 
 def wide(dtype) -> jnp.dtype:
@@ -137,8 +136,7 @@ class Attention(nnx.Module):
 
     def attend(self, x, q, k, v, *, context=None, mask: Mask):
         """Output projection of the attention of q over k, v (and the context's keys and values); shaped like x."""
-        call = attend_cached if isinstance(mask, Cached) else attention
-        call = functools.partial(call, implementation=self.implementation)
+        call = functools.partial(attention, implementation=self.implementation)
         out = self.placement.attend(call, q, k, v, context=context, mask=mask)
         out = self.placement.to_tokens(out, *x.shape[1:3])
         return self.o(out.reshape(x.shape))

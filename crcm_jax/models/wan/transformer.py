@@ -64,7 +64,7 @@ class WanTransformer:
     unrolled: bool = False
 
     def __post_init__(self):
-        self.placement.check(self.config.heads)
+        self.placement.check(*self.heads)
 
     @property
     def rules(self):
@@ -136,7 +136,7 @@ class WanTransformer:
         """See `models.base.Network`."""
         cache = self._in_form(cache)
         velocity, own = self._cached(params, x, t, prepared, cache, chunk)
-        cache = caching.write(cache, self.chunks, own["k"], own["v"], chunk)
+        cache = caching.write(cache, self._causal("a cache"), own["k"], own["v"], chunk)
         k, v = jax.tree.map(self.placement.cache, (cache.k, cache.v))
         return velocity, cache.replace(k=k, v=v)
 
@@ -160,8 +160,9 @@ class WanTransformer:
         for layer in layers:
             if not 0 <= layer < self.config.layers:
                 raise ValueError(f"there is no layer {layer}: this network's are 0 to {self.config.layers - 1}")
-        found, ends = {}, None
+        found: dict[int, jax.Array] = {}
         stream: Any = None
+        ends: Any = None
         for layer in sorted(set(layers)):
             before = max(found, default=-1) + 1
             stream, ends = self._through(params, x, t, prepared, layer + 1, before, stream, ends)
@@ -276,15 +277,17 @@ class WanTransformer:
                 lambda s: s.constrain(self.placement), streams, is_leaf=lambda s: isinstance(s, _Stream)
             )
 
-        def sources(own, kept):
-            return own, (lambda block: block.sources(*prepared.prompt["embedded"]) if kept is None else kept)
-
         def layer(carry, xs):
-            carry, out = body(constrain(carry), xs if prepared is None else sources(*xs))
+            carry, out = body(constrain(carry), sources(*xs))
             return constrain(carry), out
 
-        if prepared is not None:
-            xs = xs, prepared.prompt.get("sources")
+        def sources(own, kept):
+            if prompt_of is None:
+                return own
+            return own, (lambda block: block.sources(*prompt_of["embedded"]) if kept is None else kept)
+
+        prompt_of = None if prepared is None else prepared.prompt
+        xs = xs, None if prompt_of is None else prompt_of.get("sources")
         layers = self._stack
         if part is not None and part != (0, self.config.layers):
             start, stop = part
@@ -302,7 +305,8 @@ class WanTransformer:
         turn = rope.table(start, frames, total, height // ph, width // pw, self.config.head_dim, high)
         padded = self.placement.filled(self._tokens_per_frame(x), frames)
         tokens = ends.tokens(self.placement.samples(x), prepared.frames.get(prompt.EXTRA), padded)
-        return _Stream(tokens, *ends.time(t), tuple(pad_to(table, 1, padded) for table in turn))
+        (e, projection), (cos, sin) = ends.time(t), (pad_to(table, 1, padded) for table in turn)
+        return _Stream(tokens, e, projection, (cos, sin))
 
     def _tokens_per_frame(self, x) -> int:
         return self._tokens_of(*x.shape[2:4])
@@ -315,5 +319,5 @@ class WanTransformer:
 
     def _units(self, tokens: int) -> dict[str, int]:
         """The chunk pattern in the attention mask's units: tokens and chunks."""
-        p = self.chunks
+        p = self._causal("a mask of chunks")
         return {"first": p.first * tokens, "chunk": p.size * tokens, "window": p.window, "sink": p.sink}

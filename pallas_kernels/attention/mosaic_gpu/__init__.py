@@ -9,11 +9,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.attention.backend import Segment
-from pallas_kernels.attention.mosaic_gpu import backward_kernel, forward_kernel, tangent_kernel
+from pallas_kernels.attention.mosaic_gpu import backward_kernel, forward_kernel, plan, tangent_kernel
 from pallas_kernels.attention.mosaic_gpu.blocks import blocks_for
+from pallas_kernels.attention.rows import everything
 
 DIMS = (64, 128)
 _MINIMUM = 256  # a copy may ask for as many tokens as the longest tile has
@@ -78,10 +78,9 @@ def _padded(queries, segments):
 def _padded_segment(segment, queries):
     keys, rows = segment.k.shape[1], segment.rows
     if rows is None and _missing(keys):
-        rows = np.broadcast_to(np.array([[0], [keys], [keys], [keys]], np.int32), (4, queries))
+        rows = everything(queries, keys)
     if rows is not None and _missing(queries):
-        xp = np if isinstance(rows, np.ndarray) else jnp
-        rows = xp.pad(rows, ((0, 0), (0, _missing(queries))), mode="edge")
+        rows = plan.padded(rows, _missing(queries))
     return Segment(_padded_tokens(segment.k), _padded_tokens(segment.v), rows)
 
 

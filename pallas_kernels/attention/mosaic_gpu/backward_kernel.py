@@ -80,8 +80,8 @@ def _dq_kernel(
 ):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # late queries see most: start the long programs first
-    steps = [plans.Steps(table, block) for table in tables]
-    k_ring, v_ring = Ring(*k_ring, blocks.stages), Ring(*v_ring, blocks.stages)
+    steps = [plans.Steps(table, batch, block) for table in tables]
+    k_ring, v_ring = Ring(blocks.stages, *k_ring), Ring(blocks.stages, *v_ring)
     wg = lax.axis_index("wg")
 
     @pl.when(wg == COMPUTE_WARPGROUPS)
@@ -127,7 +127,7 @@ def _dq_kernel(
             v_ring.release(item)
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], base, shape, tile * blocks.tile), s, -jnp.inf),
+                lambda s: jnp.where(tiles.seen_by(rows[segment], batch, base, shape, tile * blocks.tile), s, -jnp.inf),
                 lambda s: s,
                 s,
             )
@@ -198,8 +198,8 @@ def _dkv_kernel(
     arrived,
 ):
     batch, kv_head, block = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("block")
-    steps = plans.Steps(table, block)
-    rings = [Ring(*scratch, blocks.stages) for scratch in rings]
+    steps = plans.Steps(table, batch, block)
+    rings = [Ring(blocks.stages, *scratch) for scratch in rings]
     q_ring, do_ring, lse_ring, delta_ring = rings
     wg = lax.axis_index("wg")
 
@@ -244,7 +244,7 @@ def _dkv_kernel(
             s, dp = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
             s = lax.cond(
                 steps.needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_from(rows, base, shape, tile * blocks.tile), s, -jnp.inf),
+                lambda s: jnp.where(tiles.seen_from(rows, batch, base, shape, tile * blocks.tile), s, -jnp.inf),
                 lambda s: s,
                 s,
             )

@@ -73,9 +73,9 @@ def _kernel(
 ):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # late queries see most: start the long programs first
-    steps = [plans.Steps(table, block) for table in tables]
+    steps = [plans.Steps(table, batch, block) for table in tables]
     total = sum(s.count for s in steps)
-    k_ring, v_ring = Ring(*k_ring, blocks.stages), Ring(*v_ring, blocks.stages)
+    k_ring, v_ring = Ring(blocks.stages, *k_ring), Ring(blocks.stages, *v_ring)
     wg = lax.axis_index("wg")
 
     @pl.when(wg == COMPUTE_WARPGROUPS)
@@ -125,7 +125,9 @@ def _kernel(
             k_ring.release(item)
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], base, s.shape, tile * blocks.tile), s, -jnp.inf),
+                lambda s: jnp.where(
+                    tiles.seen_by(rows[segment], batch, base, s.shape, tile * blocks.tile), s, -jnp.inf
+                ),
                 lambda s: s,
                 s,
             )

@@ -2,40 +2,53 @@
 
 For one segment the plan is an int32 array `[blocks, 8]`: (first₁, end₁, first₂, end₂) of the tiles that some row may
 see, then (inner₁, inner_end₁, inner₂, inner_end₂) of those among them that need no masking. It grows with N, never with
-N·M.
+N·M. Rows that differ by batch entry give `[B, blocks, 8]`, and a program reads its own entry's.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention import rows as visibility
 
 
 def rows_of(segment, queries: int, block: int):
-    """Rows `[4, N]` of a segment, padded to whole blocks by repeating the last row, whose copies are never stored."""
-    rows = segment.rows
-    if rows is None:
-        keys = segment.k.shape[1]
-        rows = np.broadcast_to(np.array([[0], [keys], [keys], [keys]], np.int32), (4, queries))
+    """`rows` of a segment, padded to whole blocks by repeating the last row, whose copies are never stored."""
+    rows = visibility.everything(queries, segment.k.shape[1]) if segment.rows is None else segment.rows
+    return padded(rows, -queries % block)
+
+
+def padded(rows, more: int):
+    """Rows for so many more queries, which see what the last one sees."""
     xp = np if isinstance(rows, np.ndarray) else jnp
-    return xp.pad(rows, ((0, 0), (0, -queries % block)), mode="edge")
+    return xp.pad(rows, ((0, 0),) * (rows.ndim - 1) + ((0, more),), mode="edge")
 
 
 def plan_of(rows, block_q: int, block_k: int):
-    """The plan `[blocks, 8]` of padded rows."""
-    some, every = masks.tile_ranges(rows, block_q, block_k)
-    xp = np if isinstance(some, np.ndarray) else jnp
-    return xp.concatenate([some, every]).T
+    """The plan of padded rows."""
+
+    def of_entry(rows):
+        some, every = visibility.tile_ranges(rows, block_q, block_k)
+        xp = np if isinstance(some, np.ndarray) else jnp
+        return xp.concatenate([some, every]).T
+
+    return visibility.by_entry(of_entry, rows)
+
+
+def entry(ref, batch) -> tuple:
+    """Where in rows or a plan a program's batch entry lies: an index of their first axis, if they have three."""
+    return (batch,) if len(ref.shape) == 3 else ()
 
 
 class Steps:
     """The tiles of one plan row as steps 0 … count−1, read inside a kernel."""
 
-    def __init__(self, plan_ref, block):
-        read = [plan_ref[block, i] for i in range(8)]
+    def __init__(self, plan_ref, batch, block):
+        read = [plan_ref[(*entry(plan_ref, batch), block, i)] for i in range(8)]
         self.first1, end1, self.first2, end2, *self.inner = read
         self.count1 = end1 - self.first1
         self.count = self.count1 + end2 - self.first2
@@ -56,7 +69,12 @@ def transposed_plan_of(rows, block_q: int, block_k: int, keys: int):
 
     One range per key block, the hull of what may be seen; within it the first run of tiles that need no masking.
     """
-    some, every = masks.tile_ranges(rows, block_q, block_k)
+    of_entry = functools.partial(_transposed, block_q=block_q, block_k=block_k, keys=keys)
+    return visibility.by_entry(of_entry, rows)
+
+
+def _transposed(rows, block_q: int, block_k: int, keys: int):
+    some, every = visibility.tile_ranges(rows, block_q, block_k)
     xp = np if isinstance(some, np.ndarray) else jnp
     blocks, tiles = -(-keys // block_k), some.shape[1]
     block, tile = xp.arange(blocks, dtype=np.int32)[:, None], xp.arange(tiles, dtype=np.int32)

@@ -9,6 +9,7 @@ the forward pass alone takes two.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -99,9 +100,9 @@ def _kernel(
 ):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # late queries see most: start the long programs first
-    steps = [plans.Steps(table, block) for table in tables]
+    steps = [plans.Steps(table, batch, block) for table in tables]
     total = sum(s.count for s in steps)
-    rings = {name: Ring(*scratch, blocks.stages) for name, scratch in rings.items()}
+    rings = {name: Ring(blocks.stages, *scratch) for name, scratch in rings.items()}
     sources = [{name: ref for name, ref in refs.items() if ref is not None} for refs in sources]
     # Items that have passed through each ring before a segment starts.
     done, passed = dict.fromkeys(rings, 0), []
@@ -171,7 +172,9 @@ def _kernel(
                 rings["dk"].release(item["dk"])
             s = lax.cond(
                 steps[segment].needs_mask(tile),
-                lambda s: jnp.where(tiles.seen_by(rows[segment], base, s.shape, tile * blocks.tile), s, -jnp.inf),
+                lambda s: jnp.where(
+                    tiles.seen_by(rows[segment], batch, base, s.shape, tile * blocks.tile), s, -jnp.inf
+                ),
                 lambda s: s,
                 s,
             )
@@ -220,6 +223,7 @@ def _kernel(
             return out, moved, new, norm, mean
 
         nothing = tiles.zeros(q_tile.shape)
+        carry: Any
         if saved is None:
             carry = nothing, nothing, tiles.row_vector(FLOOR), tiles.row_vector(0.0), tiles.row_vector(0.0)
         else:

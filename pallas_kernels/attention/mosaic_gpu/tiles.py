@@ -12,6 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention.mosaic_gpu.plan import entry
+
 WARPGROUP_ROWS = 64  # rows of one wgmma
 COMPUTE_WARPGROUPS = 2
 LOG2_E = math.log2(math.e)
@@ -29,10 +31,10 @@ class Ring:
     Items are numbered from 0 in the order in which they pass; both sides count the same way.
     """
 
+    stages: int
     buffers: Any
     arrived: Any
     consumed: Any
-    stages: int
 
     def slot(self, item):
         return lax.rem(item, jnp.int32(self.stages))
@@ -103,19 +105,21 @@ def by_column(vector, shape):
     return lax.broadcast_in_dim(vector, shape, [1])
 
 
-def seen_by(rows_ref, base, shape, first_key):
-    """Boolean tile: may row `base + i` see key `first_key + j`?"""
+def seen_by(rows_ref, batch, base, shape, first_key):
+    """Boolean tile: may row `base + i` of a batch entry see key `first_key + j`?"""
     key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     lo1, hi1, lo2, hi2 = (
-        by_row(load(rows_ref.at[i, pl.ds(base, shape[0])], ROW, anywhere=True), shape) for i in range(4)
+        by_row(load(rows_ref.at[(*entry(rows_ref, batch), i, pl.ds(base, shape[0]))], ROW, anywhere=True), shape)
+        for i in range(4)
     )
     return ((key >= lo1) & (key < hi1)) | ((key >= lo2) & (key < hi2))
 
 
-def seen_from(rows_ref, first_key, shape, base):
+def seen_from(rows_ref, batch, first_key, shape, base):
     """The same, transposed: may query `base + j` see key `first_key + i`?"""
     key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
     lo1, hi1, lo2, hi2 = (
-        by_column(load(rows_ref.at[i, pl.ds(base, shape[1])], COLUMN, anywhere=True), shape) for i in range(4)
+        by_column(load(rows_ref.at[(*entry(rows_ref, batch), i, pl.ds(base, shape[1]))], COLUMN, anywhere=True), shape)
+        for i in range(4)
     )
     return ((key >= lo1) & (key < hi1)) | ((key >= lo2) & (key < hi2))

@@ -32,8 +32,13 @@ def unsupported(q, segments, scale):
     for kernel in KERNELS:
         blocks = blocks_for(kernel, chip, q, segments)
         keys = [s.k.shape[1] for s in segments]
-        if plans.longest(q.shape[1], keys, blocks.q, blocks.k) > plans.MAX_STEPS:
-            return f"{q.shape[1]} queries by {sum(keys)} keys are more than {plans.MAX_STEPS} tiles: split the queries"
+        lists = q.shape[0] if any(s.rows is not None and s.rows.ndim == 3 for s in segments) else 1
+        if lists * plans.longest(q.shape[1], keys, blocks.q, blocks.k) > plans.MAX_STEPS:
+            what, which = (f"{lists} batch entries of ", "the batch or ") if lists > 1 else ("", "")
+            return (
+                f"{what}{q.shape[1]} queries by {sum(keys)} keys are more than {plans.MAX_STEPS} tiles: "
+                f"split {which}the queries"
+            )
     return None
 
 
@@ -48,7 +53,8 @@ def forward_tangent(q, segments, scale, dq, dsegments):
     """See `backend`."""
     from pallas_kernels.attention.mosaic_tpu import forward_kernel
 
-    return forward_kernel.forward(q, segments, scale, *_built("forward_tangent", q, segments), dq, dsegments)
+    chip, blocks = _built("forward_tangent", q, segments)
+    return forward_kernel.forward(q, segments, scale, chip, blocks, dq, dsegments)
 
 
 def tangent(q, segments, scale, o, lse, dq, dsegments):

@@ -45,7 +45,7 @@ def functions(shape: Case) -> dict:
 
     def segments(own, context):
         pairs = (own,) if context is None else (own, context)
-        return tuple(Segment(*pair, rows) for pair, rows in zip(pairs, visible))
+        return tuple(Segment(k, v, rows) for (k, v), rows in zip(pairs, visible))
 
     def moving(own, context):
         return (own,) if context is None else (own, (None, None))

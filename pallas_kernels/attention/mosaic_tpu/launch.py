@@ -40,8 +40,11 @@ class Launch:
         self.inputs: dict[Any, tuple] = {}
         self.outputs: dict[Any, tuple] = {}
         self.scratch: dict[Any, tuple[int, ...]] = {}
-        rows = jnp.concatenate([jnp.asarray(plans.rows_of(s, self.queries)) for s in segments])
-        spec = pl.BlockSpec((len(rows), blocks.q), lambda *args: (0, at_queries(*args)[2]))
+        rows = jnp.concatenate([jnp.asarray(r) for r in plans.rows_of(segments, self.queries)], axis=-2)
+        if rows.ndim == 2:
+            spec = pl.BlockSpec((len(rows), blocks.q), lambda *args: (0, at_queries(*args)[2]))
+        else:
+            spec = pl.BlockSpec((None, rows.shape[1], blocks.q), lambda b, *args: (b, 0, at_queries(b, *args)[2]))
         self.inputs["rows"] = spec, rows
 
     def _count(self, side, tokens, dtype):
@@ -96,13 +99,16 @@ class Launch:
 
         def kernel(codes, *refs):
             tiles, refs = refs[:segments], refs[segments:]
-            code = codes[pl.program_id(2)]
+            at = _place(self.plan, pl.program_id(0), pl.program_id(2))
+            code = codes[at]
             first, last = (code & plans.FIRST) != 0, (code & plans.LAST) != 0
             if len(self.grid) == 4:
                 group = pl.program_id(3)
                 first, last = first & (group == 0), last & (group == self.grid[3] - 1)
-            inner = tuple(tile[pl.program_id(2)] for tile in tiles)
-            body(dict(zip(names, refs)), Step(code, code >> plans.OUTER_SHIFT, inner, first, last))
+            if _differs(self.plan):
+                first, last = first & (code >= 0), last & (code >= 0)
+            inner = tuple(tile[at] for tile in tiles)
+            body(dict(zip(names, refs)), Step(code, _outer(self.plan, code), inner, first, last))
 
         in_specs, inputs = zip(*self.inputs.values())
         out_specs, out_shape, finishers = zip(*self.outputs.values())
@@ -118,12 +124,12 @@ class Launch:
             out_shape=out_shape,
             cost_estimate=self._cost(products),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(self.grid) - 2),
+                dimension_semantics=tuple("parallel" if axis < 2 else "arbitrary" for axis in range(len(self.grid))),
                 vmem_limit_bytes=self.chip.vmem_limit,
             ),
             interpret=self.chip is INTERPRETER,
             name=self.name,
-        )(self.plan.codes, *self.plan.tiles, *inputs)
+        )(*(x.reshape(-1) for x in (self.plan.codes, *self.plan.tiles)), *inputs)
         return {name: finish(x) for name, finish, x in zip(self.outputs, finishers, results)}
 
     def _cost(self, products):
@@ -143,6 +149,8 @@ class Launch:
     def for_each_kind(self, step: Step, visit):
         """Runs `visit(segment, masked)` for the kind of tile that the step visits."""
         bits = step.code & (plans.SEGMENT | plans.MASKED)
+        if _differs(self.plan):
+            bits = jnp.where(step.code >= 0, bits, -1)
         for segment, masked in self.plan.kinds:
 
             @pl.when(bits == segment * plans.SEGMENT + masked * plans.MASKED)
@@ -157,12 +165,12 @@ def by_queries(name, chip, blocks, q, segments) -> Launch:
     plan = plans.by_queries(segments, queries, blocks.q, blocks.k)
 
     def at_queries(b, h, step, codes, *_):
-        return b, h, codes[step] >> plans.OUTER_SHIFT
+        return b, h, _outer(plan, codes[_place(plan, b, step)])
 
-    def at_keys(segment):
-        return lambda b, h, step, codes, *tiles: (b, lax.div(h, groups), tiles[segment][step])
+    def at_keys_of(segment):
+        return lambda b, h, step, codes, *tiles: (b, lax.div(h, groups), tiles[segment][_place(plan, b, step)])
 
-    at_keys = [at_keys(number) for number in range(len(segments))]
+    at_keys = [at_keys_of(number) for number in range(len(segments))]
     loads = {"queries": -(-queries // blocks.q)} | dict(enumerate(plan.loads))
     grid = batch, heads, plan.count
     return Launch(name, chip, blocks, plan, q, segments, grid, at_queries, at_keys, loads)
@@ -176,14 +184,29 @@ def by_keys(name, chip, blocks, q, segment) -> Launch:
     plan = plans.by_keys(segment, queries, blocks.q, blocks.k)
 
     def at_queries(b, h, step, group, codes, tiles):
-        return b, h * groups + group, tiles[step]
+        return b, h * groups + group, tiles[_place(plan, b, step)]
 
     def at_keys(b, h, step, group, codes, tiles):
-        return b, h, codes[step] >> plans.OUTER_SHIFT
+        return b, h, _outer(plan, codes[_place(plan, b, step)])
 
     grid = batch, kv_heads, plan.count, groups
     loads = {"queries": plan.loads[0] * groups, 0: -(-segment.k.shape[1] // blocks.k)}
     return Launch(name, chip, blocks, plan, q, (segment,), grid, at_queries, [at_keys], loads)
+
+
+def _differs(plan) -> bool:
+    """Whether each batch entry has a list of steps of its own."""
+    return plan.codes.ndim == 2
+
+
+def _place(plan, b, step):
+    """Where a step of a batch entry stands in the lists, which kernels read as one line."""
+    return b * plan.codes.shape[1] + step if _differs(plan) else step
+
+
+def _outer(plan, code):
+    """The outer tile's number; an idle step has the one that it holds."""
+    return (jnp.maximum(code, -1 - code) if _differs(plan) else code) >> plans.OUTER_SHIFT
 
 
 def _view(x):

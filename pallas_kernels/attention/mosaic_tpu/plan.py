@@ -2,17 +2,21 @@
 
 A kernel's innermost grid axis runs over this list, so tiles that nobody may see cost nothing, and the pipeline that
 loads the next step's tiles never drains. The list has one entry of a few integers per visited tile pair.
+
+Where batch entries see different keys, each has a list of its own, and all run as many steps as the longest. A shorter
+one is filled up with idle steps, which hold the last tiles and do nothing.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention import rows as visibility
 
 FIRST, LAST, MASKED = 1, 2, 4  # bits of a step: the outer tile begins, it ends, some pair in the tile is invisible
 SEGMENT = 8  # and, multiplied by the segment's number, which keys it reads
@@ -24,12 +28,14 @@ MAX_STEPS = 1 << 15  # three words each: 384 KiB of the 1 MiB of scalar memory
 class Plan(NamedTuple):
     """Steps, outer tile by outer tile.
 
-    codes: int32 `[steps]`, the outer tile's number above the bits.
-    tiles: per segment, int32 `[steps]`, the inner tile to hold: in steps of another segment the one it read last, so
-      that nothing is loaded.
+    codes: int32 `[steps]`, the outer tile's number above the bits; `[B, steps]` where batch entries differ, and there
+      −1 − code of an idle step.
+    tiles: per segment, int32, shaped like `codes`, the inner tile to hold: in steps of another segment the one it read
+      last, so that nothing is loaded.
     count: steps to run, an int or, with a traced mask, a traced int32.
     kinds: the (segment, masked) pairs that can occur.
-    steps, loads: per segment, how many steps read it and how often the tile changes; upper bounds with a traced mask.
+    steps, loads: per segment, how many steps read it and how often the tile changes; upper bounds with a traced mask,
+      the mean where batch entries differ.
     """
 
     codes: Any
@@ -40,20 +46,20 @@ class Plan(NamedTuple):
     loads: tuple[int, ...]
 
 
-def rows_of(segment, queries: int):
-    """Key intervals `[4, N]` of a segment, also where everything is visible."""
-    if segment.rows is not None:
-        return segment.rows
-    keys = segment.k.shape[1]
-    return np.broadcast_to(np.array([[0], [keys], [keys], [keys]], np.int32), (4, queries))
+def rows_of(segments, queries: int) -> list:
+    """`rows` of segments, also where everything is visible; of each batch entry, if in one segment they differ."""
+    return visibility.together(
+        [visibility.everything(queries, s.k.shape[1]) if s.rows is None else s.rows for s in segments]
+    )
 
 
 def by_queries(segments, queries: int, block_q: int, block_k: int) -> Plan:
     """Steps whose outer tiles are query blocks and whose inner tiles are key tiles, segment after segment."""
-    seen, whole = zip(*(_visits(segment, queries, block_q, block_k, "edge") for segment in segments))
-    tiles = [s.shape[1] for s in seen]
+    rows = rows_of(segments, queries)
+    seen, whole = zip(*(_visits(r, s.k.shape[1], block_q, block_k, "edge") for r, s in zip(rows, segments)))
+    tiles = [s.shape[-1] for s in seen]
     xp = np if all(isinstance(s, np.ndarray) for s in seen) else jnp
-    return _flatten(xp, xp.concatenate(seen, axis=1), xp.concatenate(whole, axis=1), tiles)
+    return _planned(xp, xp.concatenate(seen, axis=-1), xp.concatenate(whole, axis=-1), tiles)
 
 
 def by_keys(segment, queries: int, block_q: int, block_k: int) -> Plan:
@@ -61,29 +67,65 @@ def by_keys(segment, queries: int, block_q: int, block_k: int) -> Plan:
 
     A query block that reaches beyond the last query counts as masked: what lies there must not enter the sums.
     """
-    seen, whole = _visits(segment, queries, block_q, block_k, "constant")
+    (rows,) = rows_of([segment], queries)
+    seen, whole = _visits(rows, segment.k.shape[1], block_q, block_k, "constant")
     xp = np if isinstance(seen, np.ndarray) else jnp
-    return _flatten(xp, seen.T, whole.T, [seen.shape[0]])
+    return _planned(xp, seen.swapaxes(-1, -2), whole.swapaxes(-1, -2), [seen.shape[-2]])
 
 
 def longest(queries: int, keys: list[int], block_q: int, block_k: int) -> int:
-    """Steps of a mask that hides nothing."""
+    """Steps of a mask that hides nothing, for one batch entry."""
     return -(-queries // block_q) * sum(-(-n // block_k) for n in keys)
 
 
-def _visits(segment, queries, block_q, block_k, padding):
-    """Booleans `[query blocks, key tiles]`: is some pair visible, are all?"""
-    rows = rows_of(segment, queries)
-    xp = np if isinstance(rows, np.ndarray) else jnp
-    rows = xp.pad(rows, ((0, 0), (0, -queries % block_q)), mode=padding)
-    tile = xp.arange(-(-segment.k.shape[1] // block_k), dtype=np.int32)
+def _visits(rows, keys, block_q, block_k, padding):
+    """Booleans `[query blocks, key tiles]`, of each batch entry where they differ: is some pair visible, are all?"""
 
-    def inside(ranges):
-        first1, end1, first2, end2 = (r[:, None] for r in ranges)
-        return ((tile >= first1) & (tile < end1)) | ((tile >= first2) & (tile < end2))
+    def of_entry(rows):
+        xp = np if isinstance(rows, np.ndarray) else jnp
+        rows = xp.pad(rows, ((0, 0), (0, -rows.shape[1] % block_q)), mode=padding)
+        tile = xp.arange(-(-keys // block_k), dtype=np.int32)
 
-    some, every = masks.tile_ranges(rows, block_q, block_k)
-    return inside(some), inside(every)
+        def inside(ranges):
+            first1, end1, first2, end2 = (r[:, None] for r in ranges)
+            return ((tile >= first1) & (tile < end1)) | ((tile >= first2) & (tile < end2))
+
+        some, every = visibility.tile_ranges(rows, block_q, block_k)
+        return inside(some), inside(every)
+
+    return visibility.by_entry(of_entry, rows)
+
+
+def _planned(xp, seen, whole, tiles) -> Plan:
+    """The plan of what is seen, or of what each batch entry sees; arguments as for `_flatten`."""
+    if seen.ndim == 2:
+        return _flatten(xp, seen, whole, tiles)
+    if xp is np:
+        plans = [_flatten(np, s, w, tiles) for s, w in zip(seen, whole)]
+        count = max(plan.count for plan in plans)
+        lists = [_filled(np, plan.codes, plan.tiles, plan.count, count) for plan in plans]
+        codes, held = jax.tree.map(lambda *xs: np.stack(xs), *lists)
+        kinds = tuple(sorted({kind for plan in plans for kind in plan.kinds}))
+        steps, loads = (
+            tuple(-(-sum(of_entries) // len(plans)) for of_entries in zip(*counts))
+            for counts in ([plan.steps for plan in plans], [plan.loads for plan in plans])
+        )
+        return Plan(codes, held, count, kinds, steps, loads)
+    _, _, _, *known = _flatten(jnp, seen[0], whole[0], tiles)
+    codes, held, counts = jax.vmap(lambda s, w: _flatten(jnp, s, w, tiles)[:3])(seen, whole)
+    fill = jax.vmap(lambda codes, held, count: _filled(jnp, codes, held, count, codes.shape[0]))
+    codes, held = fill(codes, held, counts)
+    kinds, steps, loads = known
+    return Plan(codes, held, counts.max(), kinds, steps, loads)
+
+
+def _filled(xp, codes, held, count, length):
+    """One batch entry's codes and tiles, idle from `count` steps on up to `length`."""
+    position = xp.arange(length, dtype=np.int32)
+    latest = xp.minimum(position, count - 1)
+    codes = codes[latest]
+    codes = xp.where(position < count, codes, -1 - (codes & ~(FIRST | LAST)))
+    return codes, tuple(tiles[latest] for tiles in held)
 
 
 def _flatten(xp, seen, whole, tiles):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from convert import engine, models
-from convert.arrays import TRANSFORMS
+from crcm_jax.convert import engine, models
+from crcm_jax.convert.arrays import TRANSFORMS
 from crcm_jax.models.vision.clip import MEAN, STD, CLIPVision, CLIPVisionConfig, bicubic, preprocess
 
 CONFIG = CLIPVisionConfig(dim=32, ffn_dim=48, heads=4, layers=3, image=12, patch=4)

@@ -1,13 +1,12 @@
 """Prompt cleaning, tokenizers from local files, and the text encoder as a whole."""
 
-import builtins
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-from crcm_jax.errors import UserError
+from crcm_jax.errors import MissingPackage, UserError
 from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder
 from crcm_jax.models.text.wan import Tokenizer, WanTextEncoder, clean_prompt, load_tokenizer, open_tokenizer
 
@@ -56,14 +55,8 @@ def test_clean_prompt():
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch):
-    def missing(name, *rest, **kwargs):
-        if name == "ftfy":
-            raise ImportError(name)
-        return real(name, *rest, **kwargs)
-
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"needs ftfy: pip install 'causal-rcm-jax\[text\]'"):
+    monkeypatch.setitem(sys.modules, "ftfy", None)  # which makes importing it fail
+    with pytest.raises(MissingPackage, match=r"needs ftfy: pip install 'causal-rcm-jax\[text\]'"):
         clean_prompt("a cat")
 
 

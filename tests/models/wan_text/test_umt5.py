@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from convert.tables import umt5 as tables
+from crcm_jax.convert.tables import umt5 as tables
 from crcm_jax.models.text.umt5 import UMT5Config, UMT5Encoder, relative_buckets
 
 CONFIG = UMT5Config(

@@ -155,6 +155,7 @@ def test_published_sizes():
     assert WanVAE(WanVAEConfig.wan22()).latent_shape(81, 480, 832) == (21, 30, 52, 48)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_shapes_are_one_sentence():
     vae, params = WanVAE(CONFIGS["2.1"]), random_params(CONFIGS["2.1"])
     with pytest.raises(ValueError, match="80 frames is not 1 \\+ 4k"):

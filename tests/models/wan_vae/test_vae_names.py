@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from convert.tables import wan_vae as tables
+from crcm_jax.convert.tables import wan_vae as tables
 from crcm_jax.models.vae.config import WanVAEConfig
 from crcm_jax.models.vae.wan import WanVAE
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.tables import wan_vae as tables
+from crcm_jax.convert.tables import wan_vae as tables
 from crcm_jax.models.vae.config import WanVAEConfig
 from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.wan.image import condition_latents, size_of
