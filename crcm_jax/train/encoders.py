@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crcm_jax import build
-from crcm_jax.data import pipeline, tensor_file
+from crcm_jax.data import pipeline, tensor_file, texts
 from crcm_jax.errors import UsageError
 from crcm_jax.models.base import Codec, Params, TextEncoder
 from crcm_jax.saving.weights import load_params
@@ -55,7 +55,7 @@ def negative_embedding(config, encoder: TextEncoder | None) -> np.ndarray:
             f"training {config.training!r} needs --config.init.uncond: the negative prompt's embedding as a .pt file, "
             "or its text and --config.text.weights; crcm data embed writes the former"
         )
-    prompt = Path(path).read_text(encoding="utf-8").strip() if path else ""
+    prompt = texts.read(path).strip() if path else ""
     return (encoder or build.text_encoder(config))([prompt])
 
 
