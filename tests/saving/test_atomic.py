@@ -156,6 +156,14 @@ def test_an_encoder_that_hides_its_failure_is_seen(tmp_path, monkeypatch):
         assert path.read_bytes() == old and sorted(os.listdir(tmp_path)) == ["a.mp4", "ffmpeg"]
 
 
+def test_an_encoders_own_words_are_told(tmp_path, monkeypatch):
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\ncat >/dev/null\necho 'Unknown encoder libx264' >&2\nexit 1\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(UserError, match=r"\(the video's encoder failed: Unknown encoder libx264\)"):
+        video.write_video(tmp_path / "a.mp4", clip())
+
+
 def test_no_ffmpeg_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"ffmpeg at .*nowhere cannot be started"):
