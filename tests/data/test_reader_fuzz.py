@@ -264,11 +264,12 @@ def test_damaged_tokenizers(folder, name, make):
 
 
 def test_damaged_videos(folder):
+    """Fewer: each starts a process."""
     path = write_video(folder / "a.mp4", np.zeros((3, 16, 16, 3)), scale=1)
     content, refused = path.read_bytes(), 0
-    for altered in mutations(content, COUNT):
+    for altered in mutations(content, COUNT // 3):
         path.write_bytes(altered)
         found = video_files.read_clip(path, frames=2, height=8, width=8, fps=8)
         refused += isinstance(found, str)
         assert "\n" not in found if isinstance(found, str) else found.shape == (2, 8, 8, 3)
-    assert refused > COUNT // 4
+    assert refused > COUNT // 12
