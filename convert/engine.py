@@ -159,7 +159,7 @@ def convert(
     """Writes the weights at `path` to `to` in `layout`, whole or not at all.
 
     model, which, heads: see `crcm convert --help`. dtype: "F32", "BF16" … to round floating-point elements to; default
-    as they are. `say` gets the report and warnings. UserError if anything is missing, unexpected or of another shape,
+    as they are. `say` gets the report. UserError if anything is missing, unexpected, of another shape or not finite,
     if the source is damaged, or if `to` exists.
     """
     output = outputs.choose(Path(to), layout)
@@ -171,11 +171,13 @@ def convert(
     source, model = report.source, report.model
     before, after = places(model, report.layout), places(model, layout)
     specs = _target_specs(source, model, before, after, dtype)
-    with outputs.Draft(output, specs, model, layout, source) as draft:
+    with outputs.draft(output, specs, model, layout, source) as draft:
         strange = _move(source, before, after, specs, draft)
         if strange:
-            say(f"warning: {len(strange)} tensors hold NaN or infinity: {_some(tuple(strange))}")
-        draft.finish()
+            raise UserError(
+                f"{path}: {len(strange)} tensors hold NaN or infinity ({_some(tuple(strange))}), and a model with them "
+                "makes black clips: get the weights again, or from an earlier checkpoint"
+            )
     say(f"{to}: {layout} layout, {len(specs)} tensors")
     return report
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from crcm_jax.convert import safetensors_file, torch_file
 from crcm_jax.convert.arrays import Spec
+from crcm_jax.data import texts
 from crcm_jax.errors import UserError
 
 ROLES = {
@@ -90,22 +91,22 @@ def _folder(path: Path, which: str | None) -> Source:
         return _from_checkpoint(path, which)
     config = path / "config.json"
     if config.is_file():
-        found.config = _object(config.read_text(encoding="utf-8"), config)
+        found.config = _object(texts.read(config), config)
     return found
 
 
 def _object(text: str, where: Any) -> dict[str, Any]:
     try:
         return dict(json.loads(text).items())
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{where} is not readable as JSON: fetch it again") from None
 
 
 def _indexed(index: Path) -> list[Path]:
     """The shards of an index, which must agree with it tensor by tensor."""
     try:
-        where = {name: str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        where = {name: str(file) for name, file in json.loads(texts.read(index))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index} is not a readable index of shards: fetch it again") from None
     shards = [index.parent / name for name in sorted(set(where.values()))]
     for shard in shards:

@@ -20,6 +20,7 @@ import numpy as np
 
 from crcm_jax.convert.arrays import WIDTHS, Spec, raw
 from crcm_jax.errors import UserError
+from crcm_jax.saving.reading import refuse_pointer
 
 _NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -46,6 +47,7 @@ class Reader:
     """A file's content, mapped into memory and not read. `content` is as `torch.load` gives it."""
 
     def __init__(self, path: Path):
+        refuse_pointer(path)
         torch = _torch()
         self._torch = torch
         try:

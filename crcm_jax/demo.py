@@ -44,7 +44,7 @@ class Clock:
 
     def __init__(self, file: Path):
         self._file = file
-        self._before = json.loads(file.read_text())["seconds"] if file.exists() else 0.0
+        self._before = _seconds(file)
         self._began = time.perf_counter()
 
     def seconds(self) -> float:
@@ -55,6 +55,14 @@ class Clock:
         """A line of progress with the time, which is also put on record."""
         write_json(self._file, {"seconds": self.seconds()})
         print(f"\n[{self.seconds():4.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def _seconds(file: Path) -> float:
+    """Those on record; none where there is no record, or none that can be read."""
+    try:
+        return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
 
 
 def name_of(training: str, pattern: str = PATTERNS[0]) -> str:

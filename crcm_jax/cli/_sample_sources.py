@@ -22,6 +22,7 @@ from crcm_jax import parts, recipes
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.cli import _sample_solver as solvers
 from crcm_jax.cli._sample_mesh import batch, choose
+from crcm_jax.data import pictures
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer
 from crcm_jax.models.base import Codec, Condition, Params
@@ -191,8 +192,6 @@ def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):
 
     UserError for what is no image, a model that takes none, or chunks whose first it cannot be.
     """
-    from PIL import Image, UnidentifiedImageError
-
     if path is None:
         return None
     if chunks is None and not seen:
@@ -201,11 +200,7 @@ def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):
         )
     if chunks is not None and chunks.first != 1:
         raise UserError(f"--image needs a first chunk of one latent frame, not {chunks.first}: use --chunks=1-N")
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    return pictures.read(path)
 
 
 def _size(found: library.Release, picture) -> tuple[int, int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crcm_jax.cli._parser import Parser
+from crcm_jax.data import lists, texts
 from crcm_jax.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ _ABOUT = {
 }
 _BUILD = """\
 A folder of videos holds each video's prompt beside it (clip.txt of clip.mp4); a .jsonl or .csv list has the fields
-video and prompt. Prompts come from a text file, one a line. Stopped at any moment, the same command goes on; several
+video and prompt. Prompts come from a text file, one a line, or from such a list. Text is UTF-8, or what a byte-order
+mark says; hidden files are passed over. Stopped at any moment, the same command goes on; several
 processes, on one host or many, build one set when each is given its own --part."""
 
 
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     p = command("build")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--videos", metavar="PATH", help="a folder of videos, or a .jsonl or .csv list of them")
-    source.add_argument("--prompts", metavar="FILE", help="prompts to sample a bidirectional teacher from")
+    source.add_argument("--prompts", metavar="FILE", help="prompts to sample a teacher from: text, .jsonl or .csv")
     add = p.add_argument
     add("--model", help="a published model [wan2.1-t2v-1.3b for videos, wan2.1-t2v-14b for prompts]")
     add("--weights", metavar="DIR", required=True, help="a folder that crcm convert has written, with its tokenizer")
@@ -133,7 +134,7 @@ def _read(name: str) -> str:
     path = Path(name)
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    return path.read_text(encoding="utf-8")
+    return texts.read(path)
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
@@ -141,10 +142,9 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     from crcm_jax.data.build import Job
 
     if options.prompts:
-        prompts = [line.strip() for line in _read(options.prompts).splitlines() if line.strip()]
-        if not prompts:
-            raise UsageError(f"{options.prompts} holds no prompts")
-        return [Job(i, prompt) for i, prompt in enumerate(prompts)]
+        if not Path(options.prompts).is_file():
+            raise UsageError(f"there is no file {options.prompts}")
+        return [Job(i, prompt) for i, prompt in enumerate(lists.prompts(options.prompts))]
     listed = video_files.listing(options.videos)
     clips = [(video, prompt, clip) for video, prompt in listed for clip in range(options.clips)]
     return [Job(i, prompt, video, clip) for i, (video, prompt, clip) in enumerate(clips)]
@@ -194,7 +194,7 @@ def _build(options: argparse.Namespace) -> int:
         part=options.part,
     )  # fmt: skip
     print(f"{options.out}: {made} of {len(jobs)} examples" + (f", {left_out} left out" if left_out else ""))
-    return 0
+    return 0 if made else UserError.exit_code
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -222,12 +222,11 @@ def _embed(options: argparse.Namespace) -> int:
     from crcm_jax.cli._data_makers import STORED
     from crcm_jax.data import tensor_file
     from crcm_jax.models.wan import library
+    from crcm_jax.saving.files import write_bytes
 
     found, weights = library.release(options.model), Path(options.weights)
     library.check(weights, ("text_encoder",))
     embedding = library.load_text_encoder(found, weights)([prompt])[0]
-    draft = out.with_name(f".{out.name}.tmp")
-    draft.write_bytes(tensor_file.dumps(embedding.astype(STORED)))
-    os.replace(draft, out)
+    write_bytes(out, tensor_file.dumps(embedding.astype(STORED)))
     print(f"{out}: {'×'.join(map(str, embedding.shape))} of {prompt[:40]!r}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from crcm_jax.cli._parser import Parser
-from crcm_jax.errors import UsageError
+from crcm_jax.errors import UsageError, UserError
 
 HELP = "judge a checkpoint on held-out prompts: digits, motion, Fréchet distances, diversity"
 EXAMPLE = "crcm evaluate --checkpoint=out/sf_dmd --steps=4,2 --out=out/metrics.json"
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluates and writes JSON; returns 0. UserError, one sentence, for what is wrong with the input."""
+    """Evaluates and writes JSON; returns 0. UserError, one sentence, for what is wrong with the input or the clips."""
     options = parser().parse_args(argv)
     if options.mid and not options.steps:
         raise UsageError("--mid belongs to --steps: a diffusion model's times follow from --ode")
@@ -73,4 +73,6 @@ def main(argv: list[str]) -> int:
     for name, value in scores.items():
         print(f"{name:>20}  {value:.4g}" if isinstance(value, float) else f"{name:>20}  {value}")
     print(f"written to {options.out}")
+    if scores["broken_clips"]:
+        raise UserError(run.broken_clips(scores["broken_clips"], scores["clips"]))
     return 0

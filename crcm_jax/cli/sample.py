@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from crcm_jax.cli._parser import Parser
+from crcm_jax.data import lists, texts
 from crcm_jax.errors import UsageError
 
 HELP = "make videos with a checkpoint or Wan's weights, streamed or at once: mp4, GIF or a PNG of frames"
@@ -74,7 +75,11 @@ def parser() -> argparse.ArgumentParser:
     add("--frames", type=int, help="frames of its clip [81]")
     add("--chunks", type=_pair("-", "1-1"), help="latent frames of the first and of later chunks [as trained, 1-1]")
     add("--prompt", action="append", help="what to show; may be given several times")
-    add("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a text file with one prompt a line, or a .jsonl or .csv list with a field prompt",
+    )
     add("--negative", "--negative-prompt", help="what guidance leads away from [nothing]")
     add("--negative-file", metavar="FILE", help="a text file with it")
     add("--image", metavar="FILE", help="the first frame (causal models, and image-to-video ones)")
@@ -103,11 +108,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _lines(option: str, name: str) -> list[str]:
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"there is no {option} file {path}")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _file(option: str, name: str) -> str:
+    if not Path(name).is_file():
+        raise UsageError(f"there is no {option} file {name}")
+    return name
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -123,8 +127,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.mid and not options.steps:
         raise UsageError("--mid belongs to --steps: a diffusion model's times follow from --ode")
     if options.negative_file:
-        options.negative = " ".join(_lines("--negative", options.negative_file))
-    prompts = [*(options.prompt or []), *(_lines("prompt", options.prompts) if options.prompts else [])]
+        options.negative = texts.read(_file("--negative", options.negative_file)).strip()
+    prompts = [*(options.prompt or []), *(lists.prompts(_file("prompt", options.prompts)) if options.prompts else [])]
     if not prompts:
         raise UsageError(f"--prompt is missing, for example: {EXAMPLE}")
     return options, prompts

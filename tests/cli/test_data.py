@@ -286,7 +286,7 @@ def test_lists_of_videos(tmp_path, videos):
     (tmp_path / "silent" / "a.mp4").touch()
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("bad.csv", "is no list with a video and a prompt"), ("gone.jsonl", r"1 of 1 videos in .* are missing"),
+        ("bad.csv", "has no column video, only a, b"), ("gone.jsonl", r"1 of 1 videos in .* are missing"),
         ("silent", r"1 of 1 videos have no prompt: write a\.txt"), ("empty", "holds no videos"), ("x", "there is no"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small_release
 import tiny
+from PIL import Image
 from small_release import SMALL, SMALL_I2V
 
 from crcm_jax import build
@@ -138,6 +139,39 @@ def test_a_run(run, tmp_path, capsys):
     assert "frames/s" in capsys.readouterr().out
     frames = iio.imread(tmp_path / "a.gif")
     assert len(frames) == 9 and frames.shape[1] == 2 * frames.shape[2]  # one above the other
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_weights_that_make_nothing_finite_end_in_a_sentence(tmp_path, streams, capsys):
+    """No black clip: what was there stays, and it is known at the first chunk."""
+    config = get_config("sf_dmd" if streams else "bidirectional")
+    config.model.update(dict(dim=16, ffn_dim=16, heads=2, layers=1))
+    params = tiny.parameters(build.network(config))
+    params["outside"]["head"]["kernel"] = np.full_like(params["outside"]["head"]["kernel"], np.nan)
+    save_params(tmp_path / "nan.safetensors", params, dict(training=config.training, config=as_json(config)))
+    (tmp_path / "a.gif").write_bytes(b"old")
+    words = [f"--checkpoint={tmp_path / 'nan.safetensors'}", "--prompt=a three moves up", f"--out={tmp_path / 'a.gif'}"]
+    more = ["--steps=1"] if streams else ["--sampler=euler", "--steps=2"]
+    with pytest.raises(
+        UserError, match=r"the clip holds .*% values that are not finite .*earlier checkpoint"
+    ) as caught:
+        sample.main([*words, *more])
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert (tmp_path / "a.gif").read_bytes() == b"old"
+    assert "frames/s" not in capsys.readouterr().out
+
+
+def test_a_picture_is_seen_upright(weights, tmp_path):
+    """An image's own orientation gives the clip its proportions and its first frame."""
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "stored.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    for name in ("stored", "upright"):
+        more = [f"--image={tmp_path / name}.png", "--steps=1", f"--out={tmp_path / name}.out.png"]
+        assert sample.main(words(weights, *more)) == 0
+    np.testing.assert_array_equal(iio.imread(tmp_path / "stored.out.png"), iio.imread(tmp_path / "upright.out.png"))
 
 
 def test_a_run_without_its_autoencoder(tmp_path):

@@ -101,6 +101,29 @@ def test_command_writes_the_scores(checkpoint, tmp_path, monkeypatch, capsys):
     assert "class_accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("broken", [1, 20])
+def test_clips_that_are_not_finite_end_in_a_sentence(checkpoint, tmp_path, monkeypatch, broken):
+    """One of many: the scores are written, and say how many. All of them: there is nothing to judge or to write."""
+    monkeypatch.setattr(run, "train", functools.partial(run.train, steps=5))
+    make = producer.producer
+
+    def some(*args, **options):
+        produce = make(*args, **options)
+
+        def broken_ones(prompts, seeds):
+            return np.where(np.array(seeds)[:, None, None, None, None] < broken, np.nan, produce(prompts, seeds))
+
+        return broken_ones
+
+    monkeypatch.setattr(producer, "producer", some)
+    out = tmp_path / "metrics.json"
+    words = [f"--checkpoint={checkpoint}", "--steps=1", "--clips=20", "--batch=10", f"--out={out}"]
+    with pytest.raises(UserError, match=rf"{broken} of 20 clips hold values that are not finite") as caught:
+        dispatch(["evaluate", *words])
+    assert caught.value.exit_code == 1
+    assert out.exists() == (broken == 1) and (broken == 20 or json.loads(out.read_text())["broken_clips"] == 1)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
