@@ -18,6 +18,7 @@ from convert.arrays import Spec
 from convert.models import CLIP, UMT5, Model
 from convert.sources import Source
 from convert.tables.wan_transformer import RCM_PREFIX
+from crcm_jax import interrupts
 from crcm_jax.errors import UsageError, UserError
 
 _SUFFIXES = {
@@ -59,6 +60,8 @@ class Draft:
         self._names = {name: prefix + name for name in specs}
         self._specs = {prefix + name: spec for name, spec in specs.items()}
         path = output.path
+        if output.kind == "torch":
+            torch_file.require(self._specs)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._room(path.parent)
         # In the target's own folder: a rename must not cross file systems. The process's number keeps two apart.
@@ -68,6 +71,7 @@ class Draft:
         self._where: dict[str, safetensors_file.Writer] = {}
 
     def __enter__(self) -> Draft:
+        interrupts.before_exit.append(self.__exit__)
         try:
             if self.output.kind == "folder":
                 self._draft.mkdir()
@@ -84,6 +88,8 @@ class Draft:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        if self.__exit__ in interrupts.before_exit:
+            interrupts.before_exit.remove(self.__exit__)
         for writer in self._writers:
             writer.discard()
         self._parts.unlink(missing_ok=True)
