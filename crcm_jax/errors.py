@@ -18,6 +18,12 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class Interrupted(UserError):
+    """Work that was stopped by its user, where there is more to say of it than that."""
+
+    exit_code = 130
+
+
 @contextlib.contextmanager
 def blame_config() -> Iterator[None]:
     """Turns a ValueError of the code that reads a configuration into a UsageError with the same message."""
