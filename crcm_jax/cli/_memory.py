@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _GB = 1e9
 _PIXEL = 3 * 4
 """Bytes of a decoded pixel, in colour and float32."""
+_MEND = "choose a smaller --size, fewer --frames, or a smaller batch or model"
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -31,14 +32,14 @@ def of_machine() -> int:
 
 
 def refuse_what_cannot_fit(
-    clips: int, frames: int, height: int, width: int, *, latents: int, weights: int = 0, room: int | None = None
+    clips: int, frames: int, height: int, width: int, *, latents: int = 0, weights: int = 0, mend: str = _MEND
 ) -> None:
     """UserError, one sentence, if `clips` decoded clips at a time and what else lies beside them cannot be held.
 
-    latents: bytes of a clip's; weights: bytes of them in the same memory. room: bytes that there are [this machine's].
+    latents: bytes of a clip's; weights: bytes of them in the same memory. mend: what would make them fit.
     What is counted are the pixels of the finished clips, their latents and the weights: activations come on top.
     """
-    room = of_machine() if room is None else room
+    room = of_machine()
     pixels, latents = clips * frames * height * width * _PIXEL, clips * latents
     need = pixels + latents + weights
     if need > room:
@@ -48,7 +49,7 @@ def refuse_what_cannot_fit(
         )
         raise UserError(
             f"{many} of {frames} frames of {width}x{height} pixels cannot be held: {parts}, and there are "
-            f"{_say(room)} of memory: choose a smaller --size, fewer --frames, or a smaller batch or model"
+            f"{_say(room)} of memory: {mend}"
         )
 
 

@@ -45,6 +45,9 @@ def given(text: str) -> str:
     """The type of an option that names what is to be read: anything but nothing."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty: name something, or leave the option out")
+    if text.startswith("--"):
+        # argparse takes an unknown option for a file where there is a space in it.
+        raise argparse.ArgumentTypeError(f"there is no option {text.split('=')[0]}")
     return text
 
 

@@ -207,6 +207,7 @@ def _build(options: argparse.Namespace) -> int:
 
     found = library.release(options.model)
     shape = library.latent_shape(found, options.frames, height, width)
+    library.check(Path(options.weights), (makers.FromVideos if options.videos else makers.FromTeacher).parts)
     makers.refuse_what_cannot_fit(found, options, height, width)
     settings = _settings(options, jobs, shape)
     shape = {"frames": options.frames, "height": height, "width": width, "per_device": options.batch}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crcm_jax import interrupts
-from crcm_jax.cli import _config, _places
+from crcm_jax.cli import _config, _memory, _places
 from crcm_jax.cli._numbers import integer
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
@@ -109,6 +109,11 @@ def main(argv: list[str]) -> int:
 
 def run(config: ConfigDict, workdir: Path, together: dict[str, Any] | None) -> int:
     """Trains what was parsed."""
+    data = config.get("data") or {}
+    if together is None and data.get("name") != "latents":
+        mend = "lower data.batch_size, data.frames, data.height or data.width"
+        shape = [data.get(name, 1) for name in ("batch_size", "frames", "height", "width")]
+        _memory.refuse_what_cannot_fit(*shape, mend=mend)
     from absl import flags
 
     # The data pipeline's worker processes ask for absl flags that somebody has parsed.

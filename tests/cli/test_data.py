@@ -321,6 +321,11 @@ def test_what_is_wrong_is_told_before_weights_are_read(videos, tmp_path):
         build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}")
     with pytest.raises(UserError, match="10 frames is not 1 \\+ 4k"):
         build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}", "--frames=10")
+    for name in ("vae", "text_encoder"):
+        (tmp_path / f"{name}.safetensors").touch()
+    with pytest.raises(UserError, match=r"9 frames of 400000x400000 pixels cannot be held: .* a smaller --size"):
+        build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}", "--size=400000x400000")
+    assert not (tmp_path / "set").exists()
     with pytest.raises(UserError, match="--model=large is not one of"):
         build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}", "--model=large")
 
