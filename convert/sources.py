@@ -115,7 +115,8 @@ def _refuse_what_is_no_checkpoint(path: Path) -> None:
     """UserError that says what a folder holds, if it is neither a run's workdir nor one of our checkpoints."""
     from crcm_jax.saving import manifest, storage
 
-    if (path / storage.FOLDER).is_dir() or storage.candidates(path) or (path / "meta.json").exists():
+    ours = path / storage.FOLDER
+    if storage.candidates(ours) or storage.candidates(path) or (path / "meta.json").exists():
         return
     if (path / "state").exists() or manifest.is_sealed(path):
         return
@@ -123,6 +124,8 @@ def _refuse_what_is_no_checkpoint(path: Path) -> None:
     below = [file.parent for file in sorted(path.glob("*/[!.]*")) if file.suffix in known]
     if below:
         raise UserError(f"{path} holds no weights itself, but {below[0].name} in it does: --from={below[0]}")
+    if ours.is_dir():
+        return
     held = _names(_visible(path)) or "nothing"
     raise UserError(
         f"{path} is no checkpoint: it holds {held}; give a run's workdir, or weights that end in {', '.join(known)}"
