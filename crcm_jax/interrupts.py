@@ -67,9 +67,9 @@ def install() -> None:
 def finish(code: int) -> None:
     """Work is over: from now on Ctrl-C spares the user the wait for threads and libraries to be cleared away.
 
-    After an interruption nobody waits for them at all: computations that still run would find their libraries gone.
+    After work was broken off nobody waits for them at all: computations that still run would find their libraries gone.
     """
-    if code == CODE:
+    if _raised is not None:
         _leave()
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, lambda *_: os._exit(code))
