@@ -86,9 +86,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
     keys, words = _config.split(argv)
     axes = ",".join(word.removeprefix(_MESH) for word in keys if word.startswith(_MESH))
     options = parser().parse_args([*words, *([f"--mesh={axes}"] if axes else [])])
-    for name in ("config", "topology"):
+    for name, what in (("config", "--config=FILE.py"), ("topology", "--topology")):
         if getattr(options, name) is None:
-            raise UsageError(f"--{name} is missing, for example: {EXAMPLE}")
+            raise UsageError(f"{what} is missing, for example: {EXAMPLE}")
     keys = [word for word in keys if not word.startswith(_MESH)]
     return _config.load(options.config, keys, options.mesh, new_axes=True), options
 
