@@ -55,6 +55,8 @@ def draft(output: Output, specs: Mapping[str, Spec], model: Model, layout: str, 
 
     UserError where there is too little room, or the place cannot be written.
     """
+    if output.kind == "torch":
+        torch_file.require(specs)
     _require_room(output, specs)
     with atomic(output.path) as path:
         under_way = Draft(path, output, specs, model, layout, source)

@@ -71,7 +71,10 @@ class Reader:
 
     def _spec(self, name: str, entry: dict[str, Any]) -> Spec:
         if entry["dtype"] not in WIDTHS:
-            raise self._flaw(f"{name} is of the unknown type {entry['dtype']!r}")
+            raise UserError(
+                f"{self.path} holds {name} as {entry['dtype']!r}, a type that cannot be read: get the weights as "
+                "bfloat16, float16 or float32"
+            )
         return Spec(entry["dtype"], tuple(int(n) for n in entry["shape"]))
 
     @staticmethod

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crcm_jax.configs.digits import get_config
-from crcm_jax.errors import UserError, need
+from crcm_jax.errors import Interrupted, need
 from crcm_jax.evaluate import producer, report
 from crcm_jax.evaluate.run import Judge, evaluate, heldout_prompts, judge, real_clips, write_json
 from crcm_jax.evaluate.video import write_video
@@ -106,7 +106,7 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
         config = stage_config(training, folder, changes, pattern)
         workdir = folder / name_of(training, pattern)
         if int(train(config, workdir).iteration) < config.train.steps:
-            raise UserError("the demo was stopped: the same command goes on from here")
+            raise Interrupted("the demo was stopped: the same command goes on from here")
 
     clock.say("training the judge: a classifier of real digits")
     config = stage_config("tf", folder, STAGES["tf"])

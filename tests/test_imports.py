@@ -18,7 +18,7 @@ FOLDERS = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pallas_kernels", "crcm_jax"),
-    ("crcm_jax.errors", "crcm_jax.compiler", "crcm_jax.shapes"),
+    ("crcm_jax.errors", "crcm_jax.compiler", "crcm_jax.shapes", "crcm_jax.interrupts"),
     ("crcm_jax.chunks", "crcm_jax.flow"),
     ("crcm_jax.parallel",),
     ("crcm_jax.saving",),

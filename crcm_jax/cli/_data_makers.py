@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from crcm_jax.cli import _memory
 from crcm_jax.data import video_files
 from crcm_jax.data.build import Job, Made
 from crcm_jax.data.example import Example
 from crcm_jax.models.base import Condition
 from crcm_jax.models.bound import Bound
+from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.wan import library
 from crcm_jax.models.wan.prompt import prompt
 from crcm_jax.models.wan.transformer import WanTransformer
@@ -25,6 +28,18 @@ from crcm_jax.sampling import denoise_whole, teacher_times
 
 STORED = ml_dtypes.bfloat16
 """The type of what is written (spec causal_rcm 7.4)."""
+
+
+def refuse_what_cannot_fit(found: library.Release, options: argparse.Namespace, height: int, width: int) -> None:
+    """UserError, before anything is read, for clips of `crcm data build` or weights that this machine cannot hold."""
+    if options.videos:
+        vae = jax.eval_shape(WanVAE(found.vae).init, jax.random.key(0))
+        weights = sum(leaf.size for leaf in jax.tree.leaves(vae)) * jnp.dtype(found.vae.dtype).itemsize
+    else:
+        shapes = jax.tree.leaves(library.transformer_shapes(WanTransformer(found.transformer)))
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
+    clips = options.batch * len(jax.local_devices())
+    _memory.plan(found, clips, options.frames, height, width, weights=weights, mesh=None)
 
 
 class _Maker:

@@ -61,7 +61,7 @@ def choose(
 
 def _whole(options: argparse.Namespace, config: Mapping[str, Any]) -> tuple[Whole, float]:
     for name in STREAMING:
-        if getattr(options, name):
+        if getattr(options, name) is not None and getattr(options, name) is not False:
             raise UsageError(
                 f"--{name.replace('_', '-')} is for streaming, and a bidirectional model makes a clip at once"
             )

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from crcm_jax import parts, recipes
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.cli import _memory
 from crcm_jax.cli import _sample_solver as solvers
 from crcm_jax.cli._sample_mesh import batch, choose
 from crcm_jax.data import pictures
@@ -108,7 +109,8 @@ def from_checkpoint(options: argparse.Namespace, prompts: Sequence[str]) -> Sour
 
     return Source(
         Bound(network, params), codec, codec_params, condition(prompts), condition([options.negative or ""]), image,
-        solver, guidance, data.frames, data.height, data.width, options.fps or 8.0, -(-len(prompts) // cut) * cut, True,
+        solver, guidance, data.frames, data.height, data.width, 8.0 if options.fps is None else options.fps,
+        -(-len(prompts) // cut) * cut, True,
         mesh, {},
     )  # fmt: skip
 
@@ -125,11 +127,13 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     if found.image is None and options.crop_image:
         raise UsageError("--crop-image belongs to image-to-video models, which see their image through CLIP")
     picture = _picture(options.image, chunks, found.image is not None)
-    frames, (width, height) = options.frames or 81, options.size or _size(found, picture)
+    frames = 81 if options.frames is None else options.frames
+    width, height = _size(found, picture) if options.size is None else options.size
     _check_shape(found, frames, height, width, chunks)
     shapes = jax.tree.leaves(library.transformer_shapes(WanTransformer(found.transformer, chunks)))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
     mesh = choose(options.mesh, len(prompts), found.transformer.heads, weights)
+    _memory.plan(found, batch(mesh), frames, height, width, weights=weights, mesh=mesh)
     network = WanTransformer(found.transformer, chunks, Placement(mesh))
     library.check(folder, found.files)
     print(f"crcm: {options.model}, {solvers.describe(solver, guidance, meta, whole=whole)}", file=sys.stderr)
@@ -166,7 +170,8 @@ def from_release(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
 
     return Source(
         Bound(network, params), vae, everywhere(vae_params, mesh), condition(texts[:-1]), condition(texts[-1:]), image,
-        solver, guidance, frames, height, width, options.fps or 16.0, batch(mesh), False, mesh, seconds,
+        solver, guidance, frames, height, width, 16.0 if options.fps is None else options.fps,
+        batch(mesh), False, mesh, seconds,
     )  # fmt: skip
 
 

@@ -38,13 +38,15 @@ def load(checkpoint: str | Path, which: str = "ema", causal: bool = True) -> tup
     return config, load_params(checkpoint, which, expect=expect, dtype=dtype), meta
 
 
-def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[float] | None = None) -> Few:
+def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[Any] | None = None) -> Few:
     """A student's solver: `steps[i]` steps for chunk i (the last entry for all later ones).
 
-    mid: times between 1 and 0 at which every chunk stops, as many as its steps need; by default those of
-    `config.rollout`, whose way of seeing context it also takes. UserError for impossible schedules.
+    mid: times between 1 and 0 at which every chunk stops, as many as its steps need, or a row of them for each entry of
+    `steps`; by default those of `config.rollout`, whose way of seeing context it also takes. UserError for impossible
+    schedules.
     """
-    times = tuple(tuple(row) for row in config.rollout.times) if mid is None else (tuple(mid),)
+    rows = config.rollout.times if mid is None else mid if any(isinstance(row, Sequence) for row in mid) else (mid,)
+    times = tuple(tuple(row) for row in rows)
     try:
         return Few(Schedule(tuple(steps), times), rollout_plan(config).context)
     except ValueError as error:

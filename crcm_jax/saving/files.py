@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from crcm_jax import interrupts
 from crcm_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,6 +32,11 @@ def atomic(path: str | Path, draft: str | None = None) -> Iterator[Path]:
     # A link stays a link: what it leads to is written.
     place = Path(os.path.realpath(path))
     under_way = place.with_name(draft or f".{place.stem[:40]}.{uuid.uuid4().hex[:12]}.partial{place.suffix}")
+
+    def clear() -> None:
+        with contextlib.suppress(OSError):
+            _remove(under_way)
+
     try:
         if place.is_dir() and any(place.iterdir()):
             raise UserError(f"{path} is a folder with something in it: name another place to write to")
@@ -39,6 +45,7 @@ def atomic(path: str | Path, draft: str | None = None) -> Iterator[Path]:
         # Libraries of other languages have poor words for a place that cannot be written.
         under_way.touch()
         under_way.unlink()
+        interrupts.before_exit.append(clear)
         yield under_way
         _sync(under_way)
         os.replace(under_way, place)
@@ -48,8 +55,9 @@ def atomic(path: str | Path, draft: str | None = None) -> Iterator[Path]:
         kept = "what was there before is kept; " if place.is_file() else ""
         raise refusal(path, error, under_way, kept) from error
     finally:
-        with contextlib.suppress(OSError):
-            _remove(under_way)
+        clear()
+        if clear in interrupts.before_exit:
+            interrupts.before_exit.remove(clear)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -94,5 +94,5 @@ def digest_of(named: Iterable[tuple[str, np.ndarray]]) -> str:
     """What `TensorFile.digest` is of a file with these tensors."""
     digest = hashlib.sha256()
     for _, value in sorted(named, key=lambda item: item[0]):
-        digest.update(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

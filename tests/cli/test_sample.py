@@ -224,6 +224,7 @@ def test_wrong_command_lines(argv, message):
     [
         (["--frames=10"], "10 frames is not 1 \\+ 4k"),
         (["--frames=13", "--chunks=3-3"], "4 latent frames do not split"),
+        (["--size=400000x400000"], "a clip of 9 frames of 400000x400000 pixels cannot be held: .* a smaller --size"),
         (["--size=20x24"], "does not divide into patches of 8x8"),
         (["--steps=2,4"], "never increase"),
         (["--steps=3", "--mid=1/2"], "intermediate times"),

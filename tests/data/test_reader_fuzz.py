@@ -125,7 +125,7 @@ def jax_leaves(tree):
 
 
 def read_foreign(path):
-    from convert.sources import open_source
+    from crcm_jax.convert.sources import open_source
 
     source = open_source(path)
     for name in source.specs:

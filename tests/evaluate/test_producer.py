@@ -132,8 +132,10 @@ def test_clips_that_are_not_finite_end_in_a_sentence(checkpoint, tmp_path, monke
         (["--checkpoint=x", "--steps=2", "--ode=3"], "not allowed with"),
         (["--checkpoint=x", "--steps=two"], "not a list of numbers"),
         (["--checkpoint=x", "--ode=3", "--mid=0.5"], "--mid belongs to --steps"),
-        (["--checkpoint=x", "--steps=2", "--clips=0"], "--clips=0"),
-        (["--checkpoint=x", "--steps=2", "--clip=8"], "unrecognized"),
+        (["--checkpoint=x", "--steps=2", "--mid=5/0"], "not a list of numbers such as 15/16,5/6,5/8"),
+        (["--checkpoint=x", "--steps=2", "--clips=9", "--seeds=2"], "--clips=9 cannot be shared among --seeds=2"),
+        (["--checkpoint=x", "--steps=2", "--clips=0"], "--clips: '0' is not a whole number of at least 2"),
+        (["--checkpoint=x", "--steps=2", "--clip=8"], "no option --clip: did you mean --clips"),
     ],
 )
 def test_wrong_command_lines_are_answered_at_once(arguments, message):

@@ -51,7 +51,7 @@ def page(path):
 
 
 def foreign(layout):
-    from convert import engine
+    from crcm_jax.convert import engine
 
     return lambda path: engine.convert(
         path.with_name("source.safetensors"), path, layout, heads=2, say=lambda line: None
@@ -65,7 +65,7 @@ def shard(kind):
 @pytest.fixture
 def sources(tmp_path):
     """What converters read: a foreign transformer, and a set of latents."""
-    from convert import engine, models
+    from crcm_jax.convert import engine, models
 
     model = models.Model(models.TRANSFORMER, "", WanConfig(24, 48, 2, 3, freq_dim=32, text_dim=20))
     shapes = {

@@ -39,7 +39,7 @@ def test_what_is_no_librarys_error_passes(error):
 
 
 def foreign(path):
-    from convert.sources import open_source
+    from crcm_jax.convert.sources import open_source
 
     return open_source(path)
 
