@@ -44,8 +44,9 @@ def _listen(coordinator: str, port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=1024)
     except OSError as error:
+        why = (error.strerror or str(error)).lower()
         raise UserError(
-            f"process 0 cannot listen at port {port} of this machine ({(error.strerror or str(error)).lower()}): choose another port, "
+            f"process 0 cannot listen at port {port} of this machine ({why}): choose another port, "
             f"--coordinator={coordinator.rpartition(':')[0]}:PORT"
         ) from None
 
