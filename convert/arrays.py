@@ -15,11 +15,19 @@ import numpy as np
 
 WIDTHS = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Bytes of an element."""
+"""Bytes of an element. Types whose elements share bytes (F4, F6) and complex ones are not here: they cannot be read."""
 
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+WIDE = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+"""Types that the networks' weights can be loaded from."""
+
+FLOATS = WIDE | {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}  # fmt: skip
+"""Types that can be cast."""
 
 _EXPONENTS = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 
@@ -93,14 +101,18 @@ def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def unusual(block: np.ndarray, dtype: str) -> bool:
     """Whether a piece of raw elements holds NaN or infinity."""
-    if dtype not in _EXPONENTS:
+    if dtype not in FLOATS:
         return False
+    if dtype not in _EXPONENTS:
+        # The narrow types have codes of their own for what is no number.
+        return not np.all(np.isfinite(block.view(FLOATS[dtype]).astype(np.float32)))
     exponent = block.dtype.type(_EXPONENTS[dtype])
     return bool(np.any((block & exponent) == exponent))
 
 
 def cast(block: np.ndarray, dtype: str, to: str) -> np.ndarray:
-    """Raw elements of one floating-point type as another's, rounded to nearest."""
+    """Raw elements of one floating-point type as another's, rounded to nearest, to infinity where too large."""
     if dtype == to:
         return block
-    return block.view(FLOATS[dtype]).astype(FLOATS[to]).view(raw(to))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return block.view(FLOATS[dtype]).astype(FLOATS[to]).view(raw(to))

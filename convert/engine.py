@@ -7,7 +7,7 @@ leaves, and every layout says what lies in each slot. Elements are never touched
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,7 +159,7 @@ def convert(
     """Writes the weights at `path` to `to` in `layout`, whole or not at all.
 
     model, which, heads: see `crcm convert --help`. dtype: "F32", "BF16" … to round floating-point elements to; default
-    as they are. `say` gets the report and warnings. UserError if anything is missing, unexpected or of another shape,
+    as they are. `say` gets the report. UserError if anything is missing, unexpected, of another shape or not finite,
     if the source is damaged, or if `to` exists.
     """
     output = outputs.choose(Path(to), layout)
@@ -170,22 +170,41 @@ def convert(
         raise UserError(f"{path} does not fit {report.model.name}: see missing, unexpected and misshapen above")
     source, model = report.source, report.model
     before, after = places(model, report.layout), places(model, layout)
-    specs = _target_specs(source, model, before, after, dtype)
-    with outputs.Draft(output, specs, model, layout, source) as draft:
+    usable = arrays.WIDE if layout == "ours" else arrays.FLOATS
+    specs = _target_specs(source, model, before, after, dtype, usable)
+    with outputs.draft(output, specs, model, layout, source) as draft:
         strange = _move(source, before, after, specs, draft)
         if strange:
-            say(f"warning: {len(strange)} tensors hold NaN or infinity: {_some(tuple(strange))}")
-        draft.finish()
+            raise UserError(
+                f"{path}: {len(strange)} tensors hold NaN or infinity ({_some(tuple(strange))}), and a model with them "
+                "makes black clips: get the weights again, or from an earlier checkpoint"
+            )
     say(f"{to}: {layout} layout, {len(specs)} tensors")
     return report
 
 
-def _target_specs(source: Source, model: Model, before, after, dtype: str | None) -> dict[str, Spec]:
-    """Types and shapes of the tensors to write; a leaf that stacks layers needs them to be of one type."""
+def _target_specs(
+    source: Source, model: Model, before, after, dtype: str | None, usable: Container[str]
+) -> dict[str, Spec]:
+    """Types and shapes of the tensors to write; a leaf that stacks layers needs them to be of one type.
+
+    UserError for types that are not `usable` in the target and are not to be cast, and for those that cannot be.
+    """
     specs: dict[str, Spec] = {}
     for slot, place in after.items():
-        name, kind = place.name, source.specs[before[slot].name].dtype
-        kind = dtype if dtype and kind in arrays.FLOATS else kind
+        name, origin = place.name, before[slot].name
+        kind = source.specs[origin].dtype
+        if kind not in arrays.FLOATS:
+            raise UserError(
+                f"{source.path}: {origin} is of type {kind}, no floating-point one: quantised weights cannot be "
+                "converted; get them as bfloat16, float16 or float32"
+            )
+        if dtype is None and kind not in usable:
+            raise UserError(
+                f"{source.path}: {origin} is of type {kind}, which no network here computes with: give "
+                "--dtype=bfloat16 (or float16, float32) to widen it"
+            )
+        kind = dtype or kind
         if name in specs and specs[name].dtype != kind:
             raise UserError(
                 f"the layers of {name} are of types {specs[name].dtype} and {kind}: give --dtype to make them one"
@@ -206,8 +225,14 @@ def _move(source: Source, before, after, specs, draft: Any) -> list[str]:
         offset = to.part * (spec.nbytes // to.parts)
         fine = True
         for block in arrays.blocks(array):
-            fine = fine and not arrays.unusual(block, dtype)
+            number = not arrays.unusual(block, dtype)
             block = arrays.cast(block, dtype, spec.dtype)
+            if number and arrays.unusual(block, spec.dtype):
+                raise UserError(
+                    f"{source.path}: {origin.name} holds numbers that are too large for {spec.dtype}: give "
+                    "--dtype=bfloat16 or float32"
+                )
+            fine = fine and number
             draft.write(to.name, block, offset)
             offset += block.nbytes
         if not fine:

@@ -1,13 +1,11 @@
-"""What weights can be written as: a .safetensors file, a .pth file, a diffusers folder. All of it or nothing: a draft
-under another name beside the target takes its place only when it is complete.
-"""
+"""What weights can be written as: a .safetensors file, a .pth file, a diffusers folder. All of it or nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from crcm_jax.convert.models import CLIP, UMT5, Model
 from crcm_jax.convert.sources import Source
 from crcm_jax.convert.tables.wan_transformer import RCM_PREFIX
 from crcm_jax.errors import UsageError, UserError
+from crcm_jax.saving.files import atomic, write_text
 
 _SUFFIXES = {
     "native": (".pth", ".pt", ".safetensors"),
@@ -50,56 +49,77 @@ def choose(path: Path, layout: str) -> Output:
     return Output(path, "safetensors" if path.suffix == ".safetensors" else "torch")
 
 
-class Draft:
-    """The output under way. A context manager: left before `finish`, it leaves nothing behind."""
+@contextlib.contextmanager
+def draft(output: Output, specs: Mapping[str, Spec], model: Model, layout: str, source: Source) -> Iterator[Draft]:
+    """The output under way: left without an exception it is completed and put in its place, otherwise nothing is left.
 
-    def __init__(self, output: Output, specs: Mapping[str, Spec], model: Model, layout: str, source: Source):
+    UserError where there is too little room, or the place cannot be written.
+    """
+    if output.kind == "torch":
+        torch_file.require(specs)
+    _require_room(output, specs)
+    with atomic(output.path) as path:
+        under_way = Draft(path, output, specs, model, layout, source)
+        try:
+            under_way.begin()
+            yield under_way
+            text = under_way.complete()
+        finally:
+            under_way.discard()
+    if output.kind != "folder" and layout != "ours":
+        write_text(output.path.with_name(output.path.name + ".md"), text)
+
+
+def _require_room(output: Output, specs: Mapping[str, Spec]) -> None:
+    folder = next(parent for parent in output.path.absolute().parents if parent.is_dir())
+    need = sum(spec.nbytes for spec in specs.values()) * (2 if output.kind == "torch" else 1)
+    free = shutil.disk_usage(folder).free
+    if free < need + (64 << 20):
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free and this needs {need / 1e9:.1f}: free some space or write elsewhere"
+        )
+
+
+class Draft:
+    """What is written before it takes its place; see `draft`."""
+
+    def __init__(
+        self, path: Path, output: Output, specs: Mapping[str, Spec], model: Model, layout: str, source: Source
+    ):
         self.output, self.model, self.layout, self.source = output, model, layout, source
         prefix = RCM_PREFIX if layout == "rcm" else ""
         self._names = {name: prefix + name for name in specs}
         self._specs = {prefix + name: spec for name, spec in specs.items()}
-        path = output.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._room(path.parent)
-        # In the target's own folder: a rename must not cross file systems. The process's number keeps two apart.
-        self._draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self._parts = self._draft.with_name(self._draft.name + ".parts")
+        self._draft, self._parts = path, path.with_name(path.name + ".parts")
         self._writers: list[safetensors_file.Writer] = []
         self._where: dict[str, safetensors_file.Writer] = {}
 
-    def __enter__(self) -> Draft:
-        try:
-            if self.output.kind == "folder":
-                self._draft.mkdir()
-                for file, names in self._shards().items():
-                    self._open(self._draft / file, names, {"format": "pt"})
-            elif self.output.kind == "torch":
-                self._open(self._parts, list(self._specs), {})
-            else:
-                metadata = {"crcm": json.dumps(self._meta())} if self.layout == "ours" else {"format": "pt"}
-                self._open(self._draft, list(self._specs), metadata)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def begin(self) -> None:
+        """Takes all the room that the tensors need."""
+        if self.output.kind == "folder":
+            self._draft.mkdir()
+            for file, names in self._shards().items():
+                self._open(self._draft / file, names, {"format": "pt"})
+        elif self.output.kind == "torch":
+            self._open(self._parts, list(self._specs), {})
+        else:
+            metadata = {"crcm": json.dumps(self._meta())} if self.layout == "ours" else {"format": "pt"}
+            self._open(self._draft, list(self._specs), metadata)
 
-    def __exit__(self, *exception: Any) -> None:
+    def discard(self) -> None:
+        """Closes what is open, as it is."""
         for writer in self._writers:
             writer.discard()
         self._parts.unlink(missing_ok=True)
-        if self._draft.is_dir():
-            shutil.rmtree(self._draft)
-        self._draft.unlink(missing_ok=True)
 
     def write(self, name: str, block: np.ndarray, offset: int) -> None:
         """Contiguous raw elements of tensor `name`, at `offset` bytes from its start."""
         name = self._names[name]
         self._where[name].write(name, block, offset)
 
-    def finish(self) -> None:
-        """Completes the draft, puts it in its place, and the model card with it."""
-        path = self.output.path
-        text = card.text(self.model, self.layout, self.source, path.name)
+    def complete(self) -> str:
+        """Writes what the draft still lacks; the model's card."""
+        text = card.text(self.model, self.layout, self.source, self.output.path.name)
         if self.layout == "ours":
             self._writers[0].seal()
         for writer in self._writers:
@@ -112,9 +132,7 @@ class Draft:
         elif self.output.kind == "torch":
             writer = self._writers[0]
             torch_file.write(self._draft, self._parts, writer.starts, self._specs)
-        os.rename(self._draft, path)
-        if self.output.kind != "folder" and self.layout != "ours":
-            path.with_name(path.name + ".md").write_text(text, encoding="utf-8")
+        return text
 
     def _open(self, path: Path, names: list[str], metadata: Mapping[str, str]) -> None:
         writer = safetensors_file.Writer(path, {name: self._specs[name] for name in names}, metadata)
@@ -142,8 +160,8 @@ class Draft:
         total = sum(spec.nbytes for spec in self._specs.values())
         where = {name: writer.path.name for name, writer in sorted(self._where.items())}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        path = self._draft / f"{stem}.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(index, indent=2) + "\n"
+        (self._draft / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _meta(self) -> dict[str, Any]:
         """What our files say of themselves; what the source said of its run is handed on."""
@@ -155,12 +173,3 @@ class Draft:
         run = {key: self.source.meta[key] for key in ("training", "config", "iteration") if self.source.meta.get(key)}
         made = {"model": sizes, "name": self.model.name, "converted_from": self.source.kind}
         return {"format": storage.FORMAT, **run, **made, "sha256": safetensors_file.PLACEHOLDER}
-
-    def _room(self, folder: Path) -> None:
-        need = sum(spec.nbytes for spec in self._specs.values()) * (2 if self.output.kind == "torch" else 1)
-        free = shutil.disk_usage(folder).free
-        if free < need + (64 << 20):
-            raise UserError(
-                f"{folder} has {free / 1e9:.1f} GB free and this needs {need / 1e9:.1f}: free some space or write "
-                f"elsewhere"
-            )

@@ -17,6 +17,7 @@ import numpy as np
 
 from crcm_jax.convert.arrays import WIDTHS, Spec, raw
 from crcm_jax.errors import UserError
+from crcm_jax.saving.reading import refuse_pointer
 
 _LONGEST_HEADER = 100 << 20
 PLACEHOLDER = "0" * 64
@@ -28,6 +29,7 @@ class Reader:
 
     def __init__(self, path: Path):
         self.path = path
+        refuse_pointer(path)
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
@@ -39,7 +41,7 @@ class Reader:
             self.metadata = dict(header.pop("__metadata__", {}))
             self.specs = {name: self._spec(name, entry) for name, entry in header.items()}
             spans = {name: self._span(entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise self._flaw("its header is not readable") from None
@@ -69,7 +71,10 @@ class Reader:
 
     def _spec(self, name: str, entry: dict[str, Any]) -> Spec:
         if entry["dtype"] not in WIDTHS:
-            raise self._flaw(f"{name} is of the unknown type {entry['dtype']!r}")
+            raise UserError(
+                f"{self.path} holds {name} as {entry['dtype']!r}, a type that cannot be read: get the weights as "
+                "bfloat16, float16 or float32"
+            )
         return Spec(entry["dtype"], tuple(int(n) for n in entry["shape"]))
 
     @staticmethod

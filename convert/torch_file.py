@@ -20,10 +20,13 @@ import numpy as np
 
 from crcm_jax.convert.arrays import WIDTHS, Spec, raw
 from crcm_jax.errors import UserError
+from crcm_jax.saving.reading import refuse_pointer
 
 _NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 _SAFE = (2, 6)
 """Earlier releases could be made to run code in spite of `weights_only` (CVE-2025-32434)."""
@@ -46,6 +49,7 @@ class Reader:
     """A file's content, mapped into memory and not read. `content` is as `torch.load` gives it."""
 
     def __init__(self, path: Path):
+        refuse_pointer(path)
         torch = _torch()
         self._torch = torch
         try:
@@ -117,6 +121,17 @@ class _Forgetful:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def require(specs: Mapping[str, Spec]) -> None:
+    """UserError where PyTorch is not there, or is too old for one of the types that are to be written."""
+    torch = _torch()
+    for name, spec in specs.items():
+        if not hasattr(torch, _NAMES[spec.dtype]):
+            raise UserError(
+                f"{name} is of type {spec.dtype}, which torch {torch.__version__} does not know: give --dtype, or a "
+                "newer torch"
+            )
 
 
 def write(path: Path, parts: Path, starts: Mapping[str, int], specs: Mapping[str, Spec]) -> None:

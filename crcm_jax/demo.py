@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from crcm_jax import pipeline
 from crcm_jax.configs.digits import get_config
-from crcm_jax.errors import UserError, need
+from crcm_jax.errors import Interrupted, need
 from crcm_jax.evaluate import producer, report
 from crcm_jax.evaluate.run import Judge, evaluate, heldout_prompts, judge, real_clips, write_json
 from crcm_jax.evaluate.video import write_video
@@ -44,7 +44,7 @@ class Clock:
 
     def __init__(self, file: Path):
         self._file = file
-        self._before = json.loads(file.read_text())["seconds"] if file.exists() else 0.0
+        self._before = _seconds(file)
         self._began = time.perf_counter()
 
     def seconds(self) -> float:
@@ -55,6 +55,14 @@ class Clock:
         """A line of progress with the time, which is also put on record."""
         write_json(self._file, {"seconds": self.seconds()})
         print(f"\n[{self.seconds():4.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def _seconds(file: Path) -> float:
+    """Those on record; none where there is no record, or none that can be read."""
+    try:
+        return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
 
 
 def name_of(training: str, pattern: str = PATTERNS[0]) -> str:
@@ -98,7 +106,7 @@ def run(folder: Path, from_scratch: bool = False) -> Path:
         config = stage_config(training, folder, changes, pattern)
         workdir = folder / name_of(training, pattern)
         if int(train(config, workdir).iteration) < config.train.steps:
-            raise UserError("the demo was stopped: the same command goes on from here")
+            raise Interrupted("the demo was stopped: the same command goes on from here")
 
     clock.say("training the judge: a classifier of real digits")
     config = stage_config("tf", folder, STAGES["tf"])

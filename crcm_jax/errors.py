@@ -20,6 +20,12 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class Interrupted(UserError):
+    """Work that was stopped by its user, where there is more to say of it than that."""
+
+    exit_code = 130
+
+
 class MissingPackage(UserError, ImportError):
     """A package that only some commands need is not installed."""
 

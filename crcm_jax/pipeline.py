@@ -116,6 +116,12 @@ class Model:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @property
+    def codec_nbytes(self) -> int:
+        """Of the codec's weights, in the type that they are read in."""
+        size = sum(leaf.size for leaf in jax.tree.leaves(self._codec_shapes))
+        return size * jnp.dtype(self.codec.dtype).itemsize if size else 0
+
+    @property
     def side(self) -> int:
         """Pixels along the side of a token: what a clip's height and width must be multiples of."""
         latents = self.codec.latent_shape(self.clip.frames, self.clip.height, self.clip.width)

@@ -18,8 +18,8 @@ FOLDERS = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pallas_kernels", "crcm_jax"),
-    ("crcm_jax.errors", "crcm_jax.compiler", "crcm_jax.shapes"),
-    ("crcm_jax.chunks", "crcm_jax.flow"),
+    ("crcm_jax.errors", "crcm_jax.compiler", "crcm_jax.shapes", "crcm_jax.interrupts", "crcm_jax.ranges"),
+    ("crcm_jax.chunks", "crcm_jax.flow", "crcm_jax.config_ranges"),
     ("crcm_jax.parallel",),
     ("crcm_jax.saving",),
     ("crcm_jax.cache",),

@@ -46,6 +46,10 @@ GPUS = (
 )
 
 
+MOST = 4096
+"""GPUs: each becomes a device of this process."""
+
+
 class Gpus(NamedTuple):
     """GPUs by count: `machine` of them in each of `machines`."""
 
@@ -67,8 +71,8 @@ def gpus(topology: str) -> Gpus | None:
     chip = next((chip for chip in GPUS if chip.name == name), None)
     if chip is None:
         return None
-    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", count)
-    if not found:
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", count)
+    if not found or int(found[1]) * int(found[2] or 1) > MOST:
         raise UsageError(
             f"--topology={topology}: say how many GPUs, for example {name}:8, or {name}:8x4 for eight in each of four "
             "machines"

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from crcm_jax import configs
 
-_OPTION = "--config="
-
 
 def names() -> list[str]:
     """Names of the modules of `crcm_jax.configs`, each with a `get_config(variant)`."""
@@ -19,15 +17,11 @@ def shipped() -> str:
     return f"name a Python file, or one of {', '.join(names())}"
 
 
-def located(argv: list[str]) -> list[str]:
-    """The words of a command line with the file of a shipped configuration in place of its name.
+def located(value: str) -> str:
+    """What `--config` names, with the file of a shipped configuration in place of its name.
 
-    A file of that name goes first; a word that names neither stays as it is.
+    A file of that name goes first; what names neither stays as it is.
     """
-    return [_OPTION + _file(word.removeprefix(_OPTION)) if word.startswith(_OPTION) else word for word in argv]
-
-
-def _file(value: str) -> str:
     name, colon, variant = value.partition(":")
     if Path(name).is_file() or name not in names():
         return value

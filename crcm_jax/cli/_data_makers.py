@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,24 @@ import ml_dtypes
 import numpy as np
 
 from crcm_jax import pipeline
+from crcm_jax.cli import _memory
 from crcm_jax.data import video_files
 from crcm_jax.data.build import Job, Made
 from crcm_jax.data.example import Example
 from crcm_jax.models.base import Condition
 from crcm_jax.parallel import mesh as meshes
+from crcm_jax.pipeline import Model
 from crcm_jax.sampling import denoise_whole, teacher_times
 
 STORED = ml_dtypes.bfloat16
 """The type of what is written (spec causal_rcm 7.4)."""
+
+
+def refuse_what_cannot_fit(model: Model, options: argparse.Namespace, height: int, width: int) -> None:
+    """UserError, before anything is read, for clips of `crcm data build` or weights that this machine cannot hold."""
+    weights = model.codec_nbytes if options.videos else model.nbytes
+    clips = options.batch * len(jax.local_devices())
+    _memory.plan(model, clips, options.frames, height, width, weights=weights, mesh=None)
 
 
 class _Maker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,19 +18,20 @@ ROOM = 0.6
 """The share of a device's memory that whole weights may take: the rest is for caches and activations."""
 
 
-def choose(text: str | None, prompts: int, heads: int, weights: int) -> Mesh | None:
-    """The mesh of `--mesh=TEXT`, such as `data=2,context=4`, or a fitting one of all local devices; None for just one.
+def choose(asked: Mapping[str, int] | None, prompts: int, heads: int, weights: int) -> Mesh | None:
+    """The mesh with the lengths `asked` for, or a fitting one of all local devices; None for just one.
 
     prompts: clips that there are; heads: of the network; weights: its bytes. By default prompts are cut over as many
     devices as there are, and what is left cuts heads and tokens as far as heads divide. Weights that take more than
     `ROOM` of a device are cut as well. UsageError for a mesh that cannot be.
     """
     devices = jax.local_devices()
-    if text:
-        shape = {**dict.fromkeys(meshes.AXES, 1), **meshes.parse(text)}
-    else:
-        shape = _usual(len(devices), prompts, heads, _fits(devices[0], weights))
-    size = math.prod(shape.values())
+    shape = (
+        {**dict.fromkeys(meshes.AXES, 1), **asked}
+        if asked
+        else _usual(len(devices), prompts, heads, _fits(devices[0], weights))
+    )
+    size, text = math.prod(shape.values()), ",".join(f"{name}={n}" for name, n in (asked or {}).items())
     if size > len(devices):
         raise UsageError(f"--mesh={text} needs {size} devices and there are {len(devices)}")
     if lack := indivisible(shape, heads):
@@ -37,7 +39,7 @@ def choose(text: str | None, prompts: int, heads: int, weights: int) -> Mesh | N
     words = meshes.describe(tuple(shape.values()))
     if len(devices) > 1:
         idle = (
-            f", {len(devices) - size} idle: what there is does not divide" if size < len(devices) and not text else ""
+            f", {len(devices) - size} idle: what there is does not divide" if size < len(devices) and not asked else ""
         )
         print(f"crcm: {size} of {len(devices)} devices, {words}{idle}", file=sys.stderr)
     if size == 1:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from crcm_jax.cli._sample_sources import Source
 from crcm_jax.evaluate.producer import clip_noise
+from crcm_jax.evaluate.video import require_finite
 from crcm_jax.parallel.mesh import everywhere
 from crcm_jax.sampling import Solver, Whole, denoise_whole, stream
 
@@ -29,7 +30,7 @@ def videos(source: Source, seed: int) -> Iterator[tuple[range, np.ndarray]]:
         # A last group that is not full is filled up with its last prompt, so that one program serves all groups.
         rows = np.minimum(np.arange(start, start + source.batch), count - 1)
         cond = everywhere(jax.tree.map(lambda leaf, rows=rows: leaf[rows], source.cond), source.mesh)
-        video = make(source, [seed + int(row) for row in rows], cond, start == 0)
+        video = require_finite(make(source, [seed + int(row) for row in rows], cond, start == 0), "the clip")
         yield range(start, min(start + source.batch, count)), video[: count - start]
 
 
@@ -50,7 +51,7 @@ def _whole(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarra
             ends.append(time.perf_counter())
             bar.update()
     began = time.perf_counter()
-    video = np.asarray(source.codec.decode(source.codec_params, latents))
+    video = require_finite(np.asarray(source.codec.decode(source.codec_params, latents)), "the clip")
     # The first step has compiled the program.
     each = f" of {(ends[-1] - ends[0]) / (len(ends) - 1):.2f} s" if len(ends) > 1 else ""
     print(f"{len(ends)} steps{each}, decoded in {time.perf_counter() - began:.1f} s")
@@ -79,7 +80,8 @@ def _stream(source: Source, seeds: Sequence[int], cond, first: bool) -> np.ndarr
     parts, latency, began = [], 0.0, time.perf_counter()
     with tqdm(total=source.clip.frames, unit="frame", desc="streaming") as bar:
         for pixels in run():
-            parts.append(np.asarray(pixels))
+            # Here already: nobody need wait for the rest.
+            parts.append(require_finite(np.asarray(pixels), "the clip"))
             latency = latency or time.perf_counter() - began
             bar.update(pixels.shape[1])
     seconds = time.perf_counter() - began

@@ -61,7 +61,8 @@ def choose(
 
 def _whole(options: argparse.Namespace, config: Mapping[str, Any]) -> tuple[Whole, float]:
     for name in STREAMING:
-        if getattr(options, name, None):
+        value = getattr(options, name, None)
+        if value is not None and value is not False:
             raise UsageError(
                 f"--{name.replace('_', '-')} is for streaming, and a bidirectional model makes a clip at once"
             )

@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 
 from crcm_jax import pipeline
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.cli import _memory
 from crcm_jax.cli import _sample_solver as solvers
 from crcm_jax.cli._sample_mesh import batch, choose
+from crcm_jax.data import pictures
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.models import registry
 from crcm_jax.models.base import Codec, Condition, Params
@@ -100,6 +102,9 @@ def prepare(options: argparse.Namespace, prompts: Sequence[str]) -> Source:
     clip = _clip(options, model, picture)
     model.latent_shape(clip.frames, clip.height, clip.width)
     mesh = choose(options.mesh, len(prompts), model.network.heads[1], model.nbytes)
+    if "vae" in model.parts:
+        size = clip.frames, clip.height, clip.width
+        _memory.plan(model, batch(mesh), *size, weights=model.nbytes, mesh=mesh)
     model = model.on(mesh)
     model.require()
     whole = model.chunks is None
@@ -172,8 +177,6 @@ def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):
 
     UserError for what is no image, a model that takes none, or chunks whose first it cannot be.
     """
-    from PIL import Image, UnidentifiedImageError
-
     if path is None:
         return None
     if chunks is None and not seen:
@@ -182,11 +185,7 @@ def _picture(path: str | None, chunks: ChunkPattern | None, seen: bool = False):
         )
     if chunks is not None and chunks.first != 1:
         raise UserError(f"--image needs a first chunk of one latent frame, not {chunks.first}: use --chunks=1-N")
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    return pictures.read(path)
 
 
 def _pixels(picture, width: int, height: int, channels: int = 3) -> jax.Array:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
-from crcm_jax.cli import train
+from crcm_jax.cli import _config, _places
+from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError, UserError, blame_config
-from crcm_jax.parallel.axes import HELP as axes_help
+from crcm_jax.parallel import axes
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 HELP = "compile the train step for a TPU slice, or cut it up for GPUs, on any machine, and say what it needs"
 EXAMPLE = "crcm aot --config=configs/wan2_1.py:tf,14b --topology=v5p:2x4x4 --config.mesh.fsdp=4 --config.mesh.context=8"
 
-_USAGE = f"""usage: crcm aot --config=FILE.py[:VARIANT] --topology=KIND:SHAPE [--mesh=AXES]
-                [--config.KEY=VALUE …] [--trace] [--no-code] [--row]
-
-{HELP[0].upper()}{HELP[1:]}.
-Nothing runs and no weights are needed.
-
-  --config     a Python file with get_config(variant)
-  --topology   v5e:4x4, v5p:2x2x1, v6e:16x16, tpu7x:2x2x1, …: the generation and the chips along each side; compiled by
-               the libtpu wheel. h200:8, h100:8x4: GPUs in a machine, and machines; the program is cut up, not compiled
-  --mesh       {axes_help}; the product is the number of devices
-               (or --config.mesh.data=2 …)
-  --trace      stop before the compiler, which takes minutes: weights and work are known by then
-  --no-code    for TPUs: stop before machine code is generated, which takes most of the time. Memory, but for the
-               program's own, and collectives are settled by then
-  --row        print a row of a Markdown table in place of the report
-
-for example:
-  {EXAMPLE}"""
+_DETAIL = """\
+Nothing runs and no weights are needed. Any key of the configuration can be set, --config.data.batch_size=32."""
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -55,39 +45,64 @@ COLUMNS = (
 """Of `--row`. Bytes and TFLOP are those of one device."""
 
 
-def parse(argv: list[str]):
-    """(configuration, topology, configuration's name) of a command line; UsageError, one sentence, for what is wrong.
+def parser() -> Parser:
+    """The command line of `crcm aot`, but for --config.KEY=VALUE."""
+    p = Parser(
+        "crcm aot",
+        description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}",
+        examples=[EXAMPLE],
+        suggest=_config.key_for,
+    )
+    add = p.add_argument
+    add("--config", type=_config.file, metavar="FILE.py[:VARIANT]", help="a Python file with get_config(variant)")
+    add(
+        "--topology", type=_places.given, metavar="KIND:SHAPE",
+        help="v5e:4x4, v5p:2x2x1, v6e:16x16, tpu7x:2x2x1, …: the generation and the chips along each side, compiled by "
+        "the libtpu wheel; h200:8, h100:8x4: GPUs in a machine, and machines: the program is cut up, not compiled",
+    )  # fmt: skip
+    add(
+        "--mesh",
+        type=_config.mesh,
+        action=_config.Axes,
+        metavar="AXES",
+        help=f"{axes.HELP} [config.mesh]",
+    )
+    add(
+        "--trace", action="store_true", help="stop before the compiler, which takes minutes: weights and work are known"
+    )
+    add(
+        "--no-code", action="store_true",
+        help="for TPUs: stop before machine code is generated, which takes most of the time; memory, but for the "
+        "program's own, and collectives are settled by then",
+    )  # fmt: skip
+    add("--row", action="store_true", help="print a row of a Markdown table in place of the report")
+    return p
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
+    """(configuration, options) of a command line; UsageError, one sentence, for what is wrong.
 
     Mesh axes can be set in configurations that have no mesh of their own.
     """
-    topology, name, axes, rest = None, "", {}, []
-    for word in train.with_mesh(argv):
-        key, _, value = word.partition("=")
-        if key == "--topology":
-            topology = value
-        elif key.startswith(_MESH):
-            if not value.isdigit():
-                raise UsageError(f"{word}: the length of a mesh axis is a positive integer")
-            axes[key.removeprefix(_MESH)] = int(value)
-        else:
-            name = value if key == "--config" else name
-            rest.append(word)
-    if not topology:
-        raise UsageError(f"--topology is missing, for example: {EXAMPLE}")
-    config, _ = train.parse([*rest, "--workdir=."])
-    with config.unlocked():
-        config.mesh = {**dict(config.get("mesh") or {}), **axes}
-    return config, topology, name
+    keys, words = _config.split(argv)
+    axes = ",".join(word.removeprefix(_MESH) for word in keys if word.startswith(_MESH))
+    options = parser().parse_args([*words, *([f"--mesh={axes}"] if axes else [])])
+    for name, what in (("config", "--config=FILE.py"), ("topology", "--topology")):
+        if getattr(options, name) is None:
+            raise UsageError(f"{what} is missing, for example: {EXAMPLE}")
+    keys = [word for word in keys if not word.startswith(_MESH)]
+    return _config.load(options.config, keys, options.mesh, new_axes=True), options
 
 
 def main(argv: list[str]) -> int:
     """Compiles every step of the configuration and prints what it needs; returns 0. UserError, one sentence, if libtpu
     is missing, the topology is unknown, the mesh is not one of its devices, or a step does not fit."""
-    if any(word in ("-h", "--help", "-help") for word in argv):
-        print(_USAGE)
-        return 0
-    switches = {word for word in argv if word in ("--trace", "--no-code", "--row")}
-    config, topology, name = parse([word for word in argv if word not in switches])
+    return run(*parse(argv))
+
+
+def run(config: ConfigDict, options: argparse.Namespace) -> int:
+    """Compiles what was parsed."""
+    topology = options.topology
     os.environ.update(_ENVIRONMENT)
 
     # Only now: a wrong command line is answered at once, and libtpu reads its environment when JAX loads.
@@ -103,7 +118,7 @@ def main(argv: list[str]) -> int:
         run = ahead.prepare(config, target)
     mesh, room = meshes.describe(tuple(run.mesh.shape.values())), target.chip.hbm
     kept = plan.of_state(run.inputs.state, run.inputs.frozen.params)
-    if "--row" not in switches:
+    if not options.row:
         print(f"{topology}: {len(target.devices)} × {target.chip.kind}, {room / _GIB:.0f} GiB each; {mesh}")
         for line in ahead.undivided(run):
             print(line)
@@ -112,12 +127,19 @@ def main(argv: list[str]) -> int:
     if lack:
         raise UserError(lack)
     layer, leaf = ahead.layer_bytes(run.inputs), ahead.leaf_bytes(run.inputs)
-    compile_step = ahead.optimise_step if "--no-code" in switches and target.on_chip else ahead.compile_step
+    compile_step = ahead.optimise_step if options.no_code and target.on_chip else ahead.compile_step
     for player in run.training.players:
         traced = ahead.trace_step(run, player)
-        compiled = None if "--trace" in switches else compile_step(run, traced)
-        if "--row" in switches:
-            names = name, topology, mesh, str(config.data.batch_size), player, f"{sum(kept.values()) / _GIB:.3g}"
+        compiled = None if options.trace else compile_step(run, traced)
+        if options.row:
+            names = (
+                options.config,
+                topology,
+                mesh,
+                str(config.data.batch_size),
+                player,
+                f"{sum(kept.values()) / _GIB:.3g}",
+            )
             print(_row(names, traced, compiled, layer), flush=True)
         else:
             print(_report(traced, compiled, target, layer, leaf), flush=True)

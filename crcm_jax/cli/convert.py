@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from crcm_jax.cli import _places
+from crcm_jax.cli._numbers import integer
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
 from crcm_jax.models import registry
@@ -19,19 +21,28 @@ and this project's own files and checkpoints. Every tensor must find its place a
 written under another name and takes its own when it is whole."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line of `crcm convert`."""
-    p = Parser(
-        "crcm convert", description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}", epilog=f"for example:\n  {EXAMPLE}",
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("crcm convert", description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}", examples=[EXAMPLE])
     add = p.add_argument
-    add("--from", dest="source", required=True, metavar="PATH", help="a file, a folder, or a run's workdir")
-    add("--to", metavar="PATH", help="a new .safetensors, .pth or .pt file; for diffusers a new folder")
+    add(
+        "--from",
+        type=_places.given,
+        dest="source",
+        required=True,
+        metavar="PATH",
+        help="a file, a folder, or a run's workdir",
+    )
+    add(
+        "--to",
+        type=_places.new_place,
+        metavar="PATH",
+        help="a new .safetensors, .pth or .pt file; for diffusers a new folder",
+    )
     add("--layout", choices=registry.LAYOUTS, help="how to name and shape what is written")
     add("--model", metavar="NAME", help=f"insist on a published model: {', '.join(registry.PARTS)}")
     add("--which", choices=("ema", "params", "critic"), help="of several sets of weights [the average if there is one]")
-    add("--heads", type=int, help="attention heads, for sizes that are not published ones")
+    add("--heads", type=integer(1, 65_536), help="attention heads, for sizes that are not published ones")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="round to this type [as the source has it]")
     add("--dry-run", action="store_true", help="only report what the source holds, lacks, and has too much")
     return p
@@ -43,6 +54,11 @@ def main(argv: list[str]) -> int:
     if not options.dry_run and not (options.to and options.layout):
         raise UsageError(f"--to and --layout say what to write (or --dry-run, to look only), for example: {EXAMPLE}")
 
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what was parsed."""
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
     from crcm_jax.convert import engine
 

@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from crcm_jax.cli import _solver_options
+from crcm_jax.cli import _places, _solver_options
+from crcm_jax.cli._numbers import integer
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError, UserError
 
@@ -14,33 +15,46 @@ HELP = "judge a checkpoint on held-out prompts: digits, motion, Fréchet distanc
 EXAMPLE = "crcm evaluate --checkpoint=out/sf_dmd --steps=4,2 --out=out/metrics.json"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line of `crcm evaluate`."""
-    p = Parser("crcm evaluate", description=f"{HELP}.", epilog=f"for example: {EXAMPLE}", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True, help="a run's workdir, a checkpoint folder or a .safetensors file")
+    p = Parser("crcm evaluate", description=f"{HELP[0].upper()}{HELP[1:]}.", examples=[EXAMPLE])
+    p.add_argument(
+        "--checkpoint",
+        type=_places.given,
+        required=True,
+        help="a run's workdir, a checkpoint folder or a .safetensors file",
+    )
     _solver_options.add(p, required=True, guidance=1.0)
-    p.add_argument("--clips", type=int, default=200, help="clips to judge [%(default)s]")
-    p.add_argument("--seeds", type=int, default=2, help="noises for each prompt [%(default)s]")
-    p.add_argument("--batch", type=int, default=50, help="clips made together [%(default)s]")
+    p.add_argument("--clips", type=integer(2, 1_000_000), default=200, help="clips to judge [%(default)s]")
+    p.add_argument("--seeds", type=integer(1, 1_000_000), default=2, help="noises for each prompt [%(default)s]")
+    p.add_argument("--batch", type=integer(1, 1_000_000), default=50, help="clips made together [%(default)s]")
     p.add_argument("--which", choices=("ema", "params"), default="ema", help="averaged or live weights [%(default)s]")
-    p.add_argument("--out", default="metrics.json", help="where to write the scores [%(default)s]")
+    p.add_argument(
+        "--out", type=_places.new_file, default="metrics.json", help="where to write the scores [%(default)s]"
+    )
     return p
 
 
 def main(argv: list[str]) -> int:
-    """Evaluates and writes JSON; returns 0. UserError, one sentence, for what is wrong with the input."""
+    """Evaluates and writes JSON; returns 0. UserError, one sentence, for what is wrong with the input or the clips."""
     options = parser().parse_args(argv)
     _solver_options.check(options)
-    for name in ("clips", "seeds", "batch", "ode"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UsageError(f"--{name}={getattr(options, name)}: use at least 1")
+    if options.clips % options.seeds:
+        raise UsageError(
+            f"--clips={options.clips} cannot be shared among --seeds={options.seeds} a prompt: use a multiple of it"
+        )
+    return run(options)
 
+
+def run(options: argparse.Namespace) -> int:
+    """Does what was parsed."""
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
     from tqdm import tqdm
 
     from crcm_jax import pipeline
     from crcm_jax.cli import _sample_solver
-    from crcm_jax.evaluate import producer, run
+    from crcm_jax.evaluate import producer
+    from crcm_jax.evaluate import run as judging
     from crcm_jax.sampling import Few, Ode, Whole
 
     model = pipeline.load(options.checkpoint, which=options.which)
@@ -62,12 +76,16 @@ def main(argv: list[str]) -> int:
         made = {"ode": options.ode}
     produce = producer.producer(model, solver, guidance=guidance)
     print("crcm: training the judge on real digits", file=sys.stderr)
-    judge = run.judge(model.config, clips=options.clips, seeds=options.seeds)
+    judge = judging.judge(model.config, clips=options.clips, seeds=options.seeds)
     with tqdm(total=options.clips, unit="clip", desc="judging") as bar:
-        scores = run.evaluate(produce, judge, batch=options.batch, progress=lambda done, _: bar.update(done - bar.n))
+        scores = judging.evaluate(
+            produce, judge, batch=options.batch, progress=lambda done, _: bar.update(done - bar.n)
+        )
     known = dict(training=model.meta.get("training"), iteration=model.meta.get("iteration"), weights=options.which)
-    run.write_json(options.out, dict(**known, **made, guidance=guidance, seeds=options.seeds, **scores))
+    judging.write_json(options.out, dict(**known, **made, guidance=guidance, seeds=options.seeds, **scores))
     for name, value in scores.items():
         print(f"{name:>20}  {value:.4g}" if isinstance(value, float) else f"{name:>20}  {value}")
     print(f"written to {options.out}")
+    if scores["broken_clips"]:
+        raise UserError(judging.broken_clips(scores["broken_clips"], scores["clips"]))
     return 0

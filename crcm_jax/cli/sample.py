@@ -7,14 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-from crcm_jax.cli import _solver_options
+from crcm_jax.cli import _config, _places, _solver_options
+from crcm_jax.cli._numbers import LONGEST_SIDE, SEED, integer, number, pair
 from crcm_jax.cli._parser import Parser
+from crcm_jax.data import lists, texts
 from crcm_jax.errors import UsageError
 from crcm_jax.models import registry
 from crcm_jax.parallel import axes
 
 HELP = "make videos with a checkpoint or Wan's weights, streamed or at once: mp4, GIF or a PNG of frames"
 EXAMPLE = 'crcm sample --checkpoint=out/demo/sf_dmd --prompt="a three moves up and left" --steps=2 --out=out/three.gif'
+
+SUFFIXES = (".mp4", ".gif", ".apng", ".png")
+"""Of `evaluate.video`, which is not loaded for them."""
 
 _DETAIL = """\
 Causal models stream, chunk by chunk: students in a few steps (--steps), diffusion models in many (--ode). Bidirectional
@@ -24,68 +29,79 @@ ones make the whole clip at once (--sampler). Weights trained here say which the
 All devices of this machine are used: prompts are cut over them, then the heads and tokens of each clip, as far as they
 divide; --mesh says it otherwise."""
 
-_EPILOG = f"""\
-for example:
-  {EXAMPLE}
-  crcm sample --model=wan2.1-t2v-1.3b --weights=weights/causal --prompt="a cat in the rain" --out=clip.mp4 \\
-      --steps=4,2 --mid="15/16,5/6,5/8;5/8" --noisy-context
-  crcm sample --model=wan2.1-t2v-1.3b --weights=weights/wan2.1 --prompt="a cat in the rain" --out=clip.mp4 \\
-      --sampler=unipc --steps=50 --shift=3 --guidance=5 --negative-file=negative.txt
-  crcm sample --model=wan2.1-i2v-14b --weights=weights/i2v --image=cat.png --prompt="the cat looks up" --out=clip.mp4"""
+_EXAMPLES = (
+    EXAMPLE,
+    'crcm sample --model=wan2.1-t2v-1.3b --weights=weights/causal --prompt="a cat in the rain" --out=clip.mp4 \\\n'
+    '      --steps=4,2 --mid="15/16,5/6,5/8;5/8" --noisy-context',
+    'crcm sample --model=wan2.1-t2v-1.3b --weights=weights/wan2.1 --prompt="a cat in the rain" --out=clip.mp4 \\\n'
+    "      --sampler=unipc --steps=50 --shift=3 --guidance=5 --negative-file=negative.txt",
+    "crcm sample --model=wan2.1-i2v-14b --weights=weights/i2v --image=cat.png "
+    '--prompt="the cat looks up" --out=clip.mp4',
+)
 
 
-def _pair(separator: str, example: str):
-    def parse(text: str):
-        numbers = text.split(separator)
-        if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-            raise argparse.ArgumentTypeError(f"{text!r} is not like {example}")
-        return int(numbers[0]), int(numbers[1])
-
-    return parse
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line of `crcm sample`."""
-    p = Parser(
-        "crcm sample", description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}", epilog=_EPILOG, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("crcm sample", description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}", examples=_EXAMPLES)
     add = p.add_argument
-    add("--checkpoint", help="a run's workdir, a checkpoint folder or a .safetensors file")
+    add("--checkpoint", type=_places.given, help="a run's workdir, a checkpoint folder or a .safetensors file")
     add("--which", choices=("ema", "params"), default="ema", help="its averaged or live weights [%(default)s]")
     add("--model", help=f"or a published model: {', '.join(registry.RELEASES)}")
     add(
         "--weights",
+        type=_places.given,
         metavar="DIR",
         help="its transformer, vae, text_encoder (and image_encoder).safetensors, tokenizer; or what a Wan checkpoint "
         "lacks of them",
     )
     add(
         "--size",
-        type=_pair("x", "832x480"),
+        type=pair("x", example="832x480", at_most=LONGEST_SIDE),
         help="width x height of a published model's clip [its own, or an image's at that area]",
     )
-    add("--frames", type=int, help="frames of its clip [its own]")
-    add("--chunks", type=_pair("-", "1-1"), help="latent frames of the first and of later chunks [as trained, 1-1]")
+    add("--frames", type=integer(1, 1_000_000), help="frames of its clip [its own]")
+    add(
+        "--chunks",
+        type=pair("-", example="1-1"),
+        help="latent frames of the first and of later chunks [as trained, 1-1]",
+    )
     add("--prompt", action="append", help="what to show; may be given several times")
-    add("--prompts", metavar="FILE", help="a text file with one prompt a line")
-    add("--negative", "--negative-prompt", help="what guidance leads away from [nothing]")
-    add("--negative-file", metavar="FILE", help="a text file with it")
-    add("--image", metavar="FILE", help="the first frame (causal models, and image-to-video ones)")
+    add(
+        "--prompts",
+        type=_places.given,
+        metavar="FILE",
+        help="a text file with one prompt a line, or a .jsonl or .csv list with a field prompt",
+    )
+    add("--negative", help="what guidance leads away from [nothing]")
+    p.add_renamed("--negative-prompt", "--negative")
+    add("--negative-file", type=_places.given, metavar="FILE", help="a text file with it")
+    add("--image", type=_places.given, metavar="FILE", help="the first frame (causal models, and image-to-video ones)")
     add("--crop-image", action="store_true", help="CLIP sees its middle, as in diffusers, not all of it squeezed")
     _solver_options.add(p)
-    add("--mesh", metavar="AXES", help=f"{axes.HELP}; prompts are cut over the first two [all devices]")
-    add("--seed", type=int, default=0, help="seed of the first clip's noise; clip i takes seed + i [%(default)s]")
-    add("--fps", type=float, help="frames per second of the file [8, Wan's 16]")
-    add("--out", default="clip.gif", help=".mp4, .gif, .apng, or .png for the frames [%(default)s]")
+    add(
+        "--mesh", type=_config.mesh, action=_config.Axes, metavar="AXES",
+        help=f"{axes.HELP}; prompts are cut over the first two [all devices]",
+    )  # fmt: skip
+    add(
+        "--seed",
+        type=integer(0, SEED),
+        default=0,
+        help="seed of the first clip's noise; clip i takes seed + i [%(default)s]",
+    )
+    add("--fps", type=number(above=0, at_most=1000), help="frames per second of the file [8, Wan's 16]")
+    add(
+        "--out",
+        type=_places.new_file,
+        default="clip.gif",
+        help=".mp4, .gif, .apng, or .png for the frames [%(default)s]",
+    )
     return p
 
 
-def _lines(option: str, name: str) -> list[str]:
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"there is no {option} file {path}")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _file(option: str, name: str) -> str:
+    if not Path(name).is_file():
+        raise UsageError(f"there is no {option} file {name}")
+    return name
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -96,31 +112,36 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.model and not options.weights:
         raise UsageError(f"--model={options.model} needs --weights=DIR, a folder that crcm convert has written")
     for name in ("size", "frames", "chunks", "crop_image"):
-        if options.checkpoint and getattr(options, name):
+        if options.checkpoint and getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} belongs to --model: a run's checkpoint has its own")
     _solver_options.check(options)
     if options.negative_file:
-        options.negative = " ".join(_lines("--negative", options.negative_file))
-    prompts = [*(options.prompt or []), *(_lines("prompt", options.prompts) if options.prompts else [])]
+        options.negative = texts.read(_file("--negative", options.negative_file)).strip()
+    prompts = [*(options.prompt or []), *(lists.prompts(_file("prompt", options.prompts)) if options.prompts else [])]
     if not prompts:
         raise UsageError(f"--prompt is missing, for example: {EXAMPLE}")
+    if options.out.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--out={options.out}: the file must end in {', '.join(SUFFIXES)}")
+    if len(prompts) > SEED - options.seed:
+        raise UsageError(f"--seed={options.seed} leaves no seeds for {len(prompts)} clips: use a smaller one")
     return options, prompts
 
 
 def main(argv: list[str]) -> int:
     """Samples, writes the files and says how fast it was; returns 0. UserError, one sentence, for bad input."""
-    options, prompts = parse(argv)
+    return run(*parse(argv))
 
+
+def run(options: argparse.Namespace, prompts: list[str]) -> int:
+    """Does what was parsed."""
     # Only now: a wrong command line is answered at once, without waiting for JAX to load.
     import numpy as np
 
     from crcm_jax.cli import _sample_sources as sources
     from crcm_jax.cli._sample_run import videos
-    from crcm_jax.evaluate.video import SUFFIXES, ready, write_video
+    from crcm_jax.evaluate.video import ready, write_video
 
-    out = Path(options.out)
-    if out.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--out={options.out}: the file must end in {', '.join(SUFFIXES)}")
+    out = options.out
     ready(out)
     source = sources.prepare(options, prompts)
     for part, seconds in source.seconds.items():

@@ -2,121 +2,87 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from crcm_jax.cli import _configs
+from crcm_jax import interrupts
+from crcm_jax.cli import _config, _memory, _places
+from crcm_jax.cli._numbers import integer
 from crcm_jax.cli._parser import Parser
 from crcm_jax.errors import UsageError
 from crcm_jax.parallel import axes
-from crcm_jax.parallel.witness import Witness
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 HELP = "train a model in a workdir, or go on where it stopped"
 EXAMPLE = "crcm train --config=configs/digits.py:tf_scm --workdir=out/tf_scm --config.optim.lr=1e-4"
 
-_USAGE = f"""usage: crcm train --config=FILE.py[:VARIANT] --workdir=FOLDER [--mesh=AXES] [--config.KEY=VALUE …]
+_DETAIL = """\
+Any key of the configuration can be set, --config.optim.lr=1e-4. SIGTERM or Ctrl-C saves and exits; the same command
+goes on from there."""
 
-{HELP[0].upper()}{HELP[1:]}. Any key of the configuration can be set, --config.optim.lr=1e-4.
-SIGTERM or Ctrl-C saves and exits; the same command goes on from there.
+_SEVERAL = "which must share the workdir; the same command on each, but for --process"
 
-  --config    a Python file with get_config(variant), or the name of one that comes with the program, such as digits;
-              a variant of configs/digits.py is a training type
-  --workdir   folder of the run: checkpoints, metrics.jsonl, TensorBoard, samples
-  --mesh      {axes.HELP} (or --config.mesh.data=2 …)
+_WEEK = 7 * 86_400
 
-As one of several processes (docs/launch.md), which must share the workdir; the same command on each, but for --process:
 
-  --distributed                take what follows from the cluster's environment (TPU VMs, GKE, Slurm, Open MPI)
-  --coordinator=HOST:PORT      where process 0 listens
-  --processes=N --process=I    how many processes there are, and which this one is, from 0
-  --wait=300                   how many seconds they wait for each other to start
+def _processes(parser: Parser) -> None:
+    add = parser.add_argument_group("as one of several processes (docs/launch.md)", _SEVERAL).add_argument
+    add("--distributed", action="store_true", help="take what follows from the cluster (TPU VMs, GKE, Slurm, Open MPI)")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    add("--processes", type=integer(1, 1_000_000), metavar="N", help="how many processes there are")
+    add("--process", type=integer(0, 1_000_000), metavar="I", help="which this one is, from 0")
+    add(
+        "--wait", type=integer(1, _WEEK), default=300, metavar="S", help="seconds that they wait to start [%(default)s]"
+    )
 
-for example:
-  {EXAMPLE}"""
+
+def parser() -> Parser:
+    """The command line of `crcm train`, but for --config.KEY=VALUE."""
+    p = Parser(
+        "crcm train",
+        description=f"{HELP[0].upper()}{HELP[1:]}.\n\n{_DETAIL}",
+        examples=[EXAMPLE],
+        suggest=_config.key_for,
+    )
+    p.add_argument(
+        "--config",
+        type=_config.file,
+        metavar="FILE.py[:VARIANT]",
+        help="a Python file with get_config(variant), or the name of one that comes with the program, such as digits",
+    )
+    p.add_argument(
+        "--workdir", type=_places.new_folder, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard, samples"
+    )
+    p.add_argument(
+        "--mesh",
+        type=_config.mesh,
+        action=_config.Axes,
+        metavar="AXES",
+        help=f"{axes.HELP} [config.mesh]",
+    )
+    _processes(p)
+    return p
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
     """(locked configuration, workdir) of a command line; UsageError, one sentence, for what is wrong with it."""
-    argv = with_mesh(_configs.located(argv))
-    # The plain configuration first: what it lacks can then be told from what is wrong with a value.
-    plain = _parse([word for word in argv if not word.startswith("--config.")], argv).config
-    for word in argv:
-        if word.startswith("--config."):
-            _check_key(word[len("--config.") :].split("=", 1)[0], plain)
-    values = _parse(argv, argv)
-    if not values.workdir:
-        raise UsageError(f"--workdir is missing, for example: {EXAMPLE}")
-    if "://" in values.workdir:
-        raise UsageError(f"--workdir={values.workdir} is no folder: mount the bucket and name a folder in it")
-    return values.config, Path(values.workdir)
-
-
-def with_mesh(argv: list[str]) -> list[str]:
-    """The words with `--mesh=data=2` as `--config.mesh.data=2`; UsageError for what is no mesh."""
-    words: list[str] = []
-    for word in argv:
-        given = axes.parse(word.removeprefix("--mesh=")) if word.startswith("--mesh=") else None
-        words += [word] if given is None else [f"--config.mesh.{name}={length}" for name, length in given.items()]
-    return words
-
-
-def _parse(words: list[str], argv: list[str]) -> flags.FlagValues:
-    path = next((word.split("=", 1)[1].split(":")[0] for word in argv if word.startswith("--config=")), None)
-    if path is None:
-        raise UsageError(f"--config=FILE.py is missing, for example: {EXAMPLE}")
-    if not Path(path).is_file():
-        raise UsageError(f"there is no configuration file {path}: {_configs.shipped()}")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "configuration", flag_values=values, lock_config=True, sys_argv=["crcm", *words]
-    )
-    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    try:
-        rest = values(["crcm", *words])[1:]
-    except (flags.Error, ValueError, TypeError) as error:
-        # A failure inside the configuration file arrives as its traceback; the last line says what happened.
-        reason = str(error).strip().splitlines()[-1]
-        raise UsageError(reason.removeprefix("ValueError: ")) from error
-    if rest:
-        raise UsageError(f"{rest[0]!r} is not an option: options begin with --, see crcm train --help")
-    return values
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
-
-
-def _check_key(key: str, config: ConfigDict) -> None:
-    known = list(_keys(config))
-    if key.split("[")[0] in known:
-        return
-    # A forgotten or misspelt section matters less than the last word.
-    same_word = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    near = difflib.get_close_matches(key, same_word, 1, cutoff=0.0) or difflib.get_close_matches(
-        key, known, 1, cutoff=0.4
-    )
-    hint = f": did you mean config.{near[0]}?" if near else ""
-    raise UsageError(f"the configuration has no key config.{key}{hint}")
+    keys, words = _config.split(argv)
+    options = parser().parse_args(words)
+    for name, what in (("config", "--config=FILE.py"), ("workdir", "--workdir")):
+        if getattr(options, name) is None:
+            raise UsageError(f"{what} is missing, for example: {EXAMPLE}")
+    return _config.load(options.config, keys, options.mesh), options.workdir
 
 
 def parse_processes(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     """(arguments of `processes.join`, or None for one process; the other words) of a command line. UsageError."""
-    parser = Parser(prog="crcm train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--distributed", action="store_true")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
-    parser.add_argument("--wait", type=int, default=300)
+    parser = Parser("crcm train", add_help=False, lenient=True)
+    _processes(parser)
     given, rest = parser.parse_known_args(argv)
     named = (given.coordinator, given.processes, given.process)
     if given.distributed and any(value is not None for value in named):
@@ -126,7 +92,10 @@ def parse_processes(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     if not given.distributed:
         if None in named:
             raise UsageError("several processes need all of --coordinator=HOST:PORT, --processes=N and --process=I")
-        if not re.fullmatch(r".+:\d+", given.coordinator):
+        if (
+            not re.fullmatch(r"\S+:\d{1,5}", given.coordinator)
+            or not 0 < int(given.coordinator.split(":")[-1]) < 1 << 16
+        ):
             raise UsageError(f"--coordinator={given.coordinator} must be HOST:PORT")
         if not 0 <= given.process < given.processes:
             raise UsageError(f"--process={given.process} of --processes={given.processes}: number them from 0 to N − 1")
@@ -135,11 +104,22 @@ def parse_processes(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
 
 def main(argv: list[str]) -> int:
     """Trains; returns 0 when done or stopped by a signal."""
-    if any(word in ("-h", "--help", "-help") for word in argv):
-        print(_USAGE)
-        return 0
+    if any(word in ("-h", "--help") for word in argv):
+        parser().parse_args(["--help"])
     together, argv = parse_processes(argv)
     config, workdir = parse(argv)
+    return run(config, workdir, together)
+
+
+def run(config: ConfigDict, workdir: Path, together: dict[str, Any] | None) -> int:
+    """Trains what was parsed."""
+    data = config.get("data") or {}
+    if together is None and data.get("name") != "latents":
+        mend = "lower data.batch_size, data.frames, data.height or data.width"
+        shape = [data.get(name, 1) for name in ("batch_size", "frames", "height", "width")]
+        _memory.refuse_what_cannot_fit(*shape, mend=mend)
+    from absl import flags
+
     # The data pipeline's worker processes ask for absl flags that somebody has parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -159,8 +139,11 @@ def one_of_several(work: Callable[[], None], together: dict[str, Any]) -> None:
 
     Where this one cannot go on, it says why and ends, without waiting for others that may be gone.
     """
+    from crcm_jax.parallel.witness import Witness
+
     index = together["index"]
     witness = Witness("?" if index is None else str(index))
+    interrupts.before_exit.append(witness.dismiss)
     from crcm_jax.parallel import processes
 
     try:

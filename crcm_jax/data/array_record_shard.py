@@ -16,6 +16,7 @@ import grain
 
 from crcm_jax.data.example import DamagedExample, Example, from_record, to_record
 from crcm_jax.errors import need
+from crcm_jax.saving.reading import pointer_at
 
 SUFFIX = ".array_record"
 _OPTIONS = "group_size:1,uncompressed"
@@ -27,7 +28,14 @@ class ArrayRecordShard:
     def __init__(self, path: Path):
         self.path = path
         self.flaws: list[str] = []
+        self.incomplete: dict[str, str] = {}
+        self.aside: dict[str, int] = {}
         self._records = []
+        told = pointer_at(path)
+        if told:
+            self._count = 0
+            self.flaws.append(told)
+            return
         try:
             self._records = grain.sources.ArrayRecordDataSource([str(path)])
             self._count = len(self._records)

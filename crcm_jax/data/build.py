@@ -21,6 +21,7 @@ from crcm_jax.data.array_record_shard import ArrayRecordShard
 from crcm_jax.data.example import Example
 from crcm_jax.data.shards import SUFFIXES
 from crcm_jax.data.tar_shard import TarShard, TarWriter
+from crcm_jax.saving.files import atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def build(
                     continue
             else:
                 made = made or maker()
-                left_out = _fill(_drafts(path)[0], todo, made, bar)
+                left_out = _fill(path, todo, made, bar)
                 _finish(path, kind)
             shard = ArrayRecordShard(path) if kind == "array_record" else TarShard(path, tar_shard.scan(path))
             if not left_out and len(shard) < len(todo):
@@ -106,9 +107,9 @@ def _drafts(path: Path) -> tuple[Path, Path]:
     return path.with_name(f".{path.stem}.tar.tmp"), path.with_name(f".{path.name}.half.tmp")
 
 
-def _fill(draft: Path, jobs: Sequence[Job], maker: Maker, bar: tqdm) -> dict[str, str]:
-    """Makes what the draft lacks, and finishes it; what could not be made and why, by key."""
-    writer, left_out = TarWriter(draft), {}
+def _fill(path: Path, jobs: Sequence[Job], maker: Maker, bar: tqdm) -> dict[str, str]:
+    """Makes what the draft of shard `path` lacks, and finishes it; what could not be made and why, by key."""
+    writer, left_out = TarWriter(_drafts(path)[0], called=path), {}
     todo = [job for job in jobs if job.key not in writer.keys]
     bar.update(len(jobs) - len(todo))
     whole = False
@@ -136,8 +137,8 @@ def _finish(path: Path, kind: str) -> None:
         os.replace(draft, path)
         return
     shard = TarShard(draft, tar_shard.scan(draft))
-    array_record_shard.write(half, (shard.read(i) for i in range(len(shard))))
-    os.replace(half, path)
+    with atomic(path, draft=half.name) as whole:
+        array_record_shard.write(whole, (shard.read(i) for i in range(len(shard))))
     draft.unlink()
 
 

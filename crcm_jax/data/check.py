@@ -18,20 +18,23 @@ from crcm_jax.data.shards import Shard
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """examples: whole ones; kinds: how many have each (latents, text) shape and type; damage: a sentence each."""
+    """examples: whole ones; kinds: how many have each (latents, text) shape and type; damage: a sentence each; aside:
+    how much else there is that is not read, by kind."""
 
     examples: int
     bytes: int
     shards: int
     kinds: dict[str, int]
     damage: list[str]
+    aside: dict[str, int]
 
     def lines(self) -> list[str]:
         """The report as a user reads it."""
         kinds = [f"  {count} × {kind}" for kind, count in sorted(self.kinds.items(), key=lambda item: -item[1])]
         total = f"{self.examples} whole examples in {self.shards} shards, {self.bytes / 1e9:.3g} GB"
         verdict = f"{len(self.damage)} damaged:" if self.damage else "nothing is damaged"
-        return [total, *kinds, verdict, *(f"  {flaw}" for flaw in self.damage)]
+        aside = shards.told_aside(self.aside)
+        return [total, *kinds, *([f"  {aside}"] if aside else []), verdict, *(f"  {flaw}" for flaw in self.damage)]
 
 
 def check(path: str | Path, *, threads: int = 4) -> Report:
@@ -63,7 +66,7 @@ def check(path: str | Path, *, threads: int = 4) -> Report:
     usual = max(kinds, key=kinds.__getitem__, default="")
     damage += [f"{odd[kind]} has {kind}, where most have {usual}" for kind in kinds if kind != usual]
     size = sum(shard.path.stat().st_size for shard in found.shards)
-    return Report(sum(kinds.values()), size, len(found.shards), dict(kinds), damage)
+    return Report(sum(kinds.values()), size, len(found.shards), dict(kinds), damage, found.aside())
 
 
 def _look(shard: Shard, index: int) -> tuple[str, str, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,11 @@ from crcm_jax.data.example import DamagedExample, Example
 from crcm_jax.data.shards import SUFFIXES, Shard
 from crcm_jax.data.tar_shard import TarWriter
 from crcm_jax.errors import UserError
+from crcm_jax.saving.files import atomic
 
 
 def convert(source: str | Path, folder: Path, kind: str, *, skip_damaged: bool = False) -> tuple[int, int]:
-    """Writes the set at `source` as shards of `kind` into `folder`; (examples, damaged ones left out).
+    """Writes the set at `source` as shards of `kind` into `folder`; (examples, damaged or incomplete ones left out).
 
     Shards keep their names and appear whole or not at all; the same call goes on where one was stopped. UserError if an
     example is damaged and not to be skipped, or `folder` holds another set.
@@ -33,14 +33,22 @@ def convert(source: str | Path, folder: Path, kind: str, *, skip_damaged: bool =
             if path.name in done and path.is_file():
                 bar.update(len(shard))
                 continue
-            left_out: dict[str, str] = {}
-            draft = path.with_name(f".{path.name}.tmp")
-            draft.unlink(missing_ok=True)
-            count = _write(draft, kind, _whole(shard, left_out, skip_damaged, bar))
-            os.replace(draft, path)
+            left_out = _flawed(found, shard)
+            with atomic(path, draft=f".{path.name}.tmp") as draft:
+                count = _write(draft, path, kind, _whole(shard, left_out, skip_damaged, bar))
             set_manifest.add(folder, path, count, left_out)
     entries = set_manifest.claim(folder, settings).values()
     return sum(entry["examples"] for entry in entries), sum(len(entry.get("left_out", ())) for entry in entries)
+
+
+def _flawed(found: shards.Shards, shard: Shard) -> dict[str, str]:
+    """What a shard's table of contents knows to be lost, by key, each told; what cannot be counted under its name."""
+    left_out = dict(shard.incomplete)
+    if len(flaws := found.flaws_of(shard)) > len(left_out):
+        left_out[shard.path.name] = flaws[0]
+    for flaw in left_out.values():
+        tqdm.write(f"crcm: left out: {shard.path} {flaw}", file=sys.stderr)
+    return left_out
 
 
 def _whole(shard: Shard, left_out: dict[str, str], skip: bool, bar: tqdm) -> Iterator[Example]:
@@ -55,11 +63,14 @@ def _whole(shard: Shard, left_out: dict[str, str], skip: bool, bar: tqdm) -> Ite
         bar.update(1)
 
 
-def _write(path: Path, kind: str, examples: Iterator[Example]) -> int:
+def _write(draft: Path, path: Path, kind: str, examples: Iterator[Example]) -> int:
     if kind == "array_record":
-        return array_record_shard.write(path, examples)
-    writer, count = TarWriter(path), 0
-    for count, example in enumerate(examples, 1):  # noqa: B007 (the last one is the number of all)
-        writer.write(example)
-    writer.close()
+        return array_record_shard.write(draft, examples)
+    writer, count, whole = TarWriter(draft, called=path), 0, False
+    try:
+        for count, example in enumerate(examples, 1):  # noqa: B007 (the last one is the number of all)
+            writer.write(example)
+        whole = True
+    finally:
+        writer.close(whole=whole)
     return count

@@ -9,18 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from crcm_jax.errors import UserError
-
-_TYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
-    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-}  # fmt: skip
-_BY_NAME = {name: np.dtype(dtype) for name, dtype in _TYPES.items()}
+from crcm_jax.saving.tensors import TYPES
 
 
 class DamagedExample(UserError):
@@ -61,9 +55,12 @@ def from_record(record: bytes, name: str) -> Example:
         length = int.from_bytes(record[:8], "little")
         about = json.loads(json.loads(record[8 : 8 + length])["__metadata__"]["crcm"])
         latents, text = (
-            np.frombuffer(entry["data"], _BY_NAME[entry["dtype"]]).reshape(entry["shape"])
+            np.frombuffer(entry["data"], TYPES[entry["dtype"]]).reshape(entry["shape"])
             for entry in (tensors["latents"], tensors["text"])
         )
-        return Example(about["key"], latents, text, about["prompt"])
-    except (safetensors.SafetensorError, LookupError, ValueError, TypeError) as error:
+        example = Example(about["key"], latents, text, about["prompt"])
+        if not (isinstance(example.key, str) and isinstance(example.prompt, str)):
+            raise TypeError("its key or its prompt is no text")
+        return example
+    except (safetensors.SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise DamagedExample(f"{name} is not a record of latents and text ({error})") from None

@@ -38,9 +38,13 @@ class LatentSource:
         self._examples = shards.open_shards(config.path)
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         flaws = self._examples.flaws()
-        more = [f"and {len(flaws) - _SHOWN} files more"] if len(flaws) > _SHOWN else []
-        for flaw in flaws[:_SHOWN] + more:
+        for flaw in flaws[:_SHOWN]:
             print(f"crcm: {flaw}: going on without what is damaged", file=sys.stderr)
+        if len(flaws) > _SHOWN:
+            print(f"crcm: {config.path} has {len(flaws) - _SHOWN} more flaws: see crcm data check", file=sys.stderr)
+        aside = shards.told_aside(self._examples.aside())
+        if aside:
+            print(f"crcm: {config.path}: {aside}", file=sys.stderr)
         if not len(self):
             raise UserError(f"{config.path} holds no whole example: see what is wrong with crcm data check")
 

@@ -7,6 +7,7 @@ iterator goes on with the very next batch, if the data are still the same.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -98,8 +99,13 @@ def make(
     threads, prefetch, workers = data.get("threads", 1), data.get("prefetch", 4), data.get("workers", 0)
     stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     if workers:
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_leave_signals)
     return stream if fingerprint is None else _OfOneSet(stream, fingerprint, data.path)
+
+
+def _leave_signals(worker: int, workers: int) -> None:
+    """In a worker process: Ctrl-C, which a terminal sends to all, is for the run to deal with, which ends this too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Rows(grain.MapDataset):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crcm_jax.errors import UserError
-from crcm_jax.saving.manifest import write_text
+from crcm_jax.saving.files import visible, write_text
 
 NAME = "manifest.json"
 _LOCK = ".manifest.lock"
@@ -25,13 +25,29 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The manifest (`settings`, `shards`), or None where there is none. UserError if it cannot be read."""
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        if content["format"] == _FORMAT and isinstance(content["shards"], dict):
+        if content["format"] == _FORMAT and isinstance(content["settings"], dict) and _are_entries(content["shards"]):
             return content
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{folder / NAME} is damaged or of another program: remove it, or restore it from a copy")
+
+
+def _are_entries(shards: Any) -> bool:
+    types = {"examples": int, "bytes": int, "sha256": str}
+    return all(isinstance(entry[name], kind) for entry in shards.values() for name, kind in types.items()) and all(
+        isinstance(entry.get("left_out", {}), dict) for entry in shards.values()
+    )
+
+
+def empty_shards(folder: Path) -> set[str]:
+    """Names of the shards that the manifest, if there is a readable one, says hold no example: all were left out."""
+    try:
+        found = read(folder) or {"shards": {}}
+    except UserError:
+        return set()
+    return {name for name, entry in found["shards"].items() if not entry["examples"]}
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +60,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     with _locked(folder):
         found = read(folder)
         if found is None:
-            if any(folder.glob("*.tar")) or any(folder.glob("*.array_record")):
+            if visible([*folder.glob("*.tar"), *folder.glob("*.array_record")]):
                 raise UserError(f"{folder} holds a set that no {NAME} speaks of: write to a new folder")
             _write(folder, settings, {})
             return {}

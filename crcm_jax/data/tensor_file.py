@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from crcm_jax.errors import UserError
+from crcm_jax.saving.reading import pointer
 
 _TYPES = {
     "Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Long": np.int64,
@@ -65,6 +66,9 @@ def loads(content: bytes, name: str) -> np.ndarray:
     The archive's checksums are verified, so a flipped bit is found. `name` is how messages call the file. UserError if
     it holds anything but one dense tensor, is of the format before PyTorch 1.6, or is not whole.
     """
+    told = pointer(content)
+    if told:
+        raise UserError(f"{name} {told}")
     if content.startswith(_LEGACY):
         raise UserError(
             f"{name} is not a file that torch.save has written since PyTorch 1.6: save it again with torch.save"

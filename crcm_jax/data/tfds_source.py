@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from crcm_jax.errors import UserError, need
+from crcm_jax.saving.reading import reading
 
 _FEATURES = "tensorflow_datasets.core.features."
 
@@ -68,7 +69,8 @@ class TfdsSource:
         index = operator.index(index)
         if not 0 <= index < self._count:
             raise IndexError(f"example {index} of {self._count}")
-        example = self._features.deserialize_example_np(self._records[self._offset + index])
+        with reading(self._name, f"a data set whose example {index} is whole"):
+            example = self._features.deserialize_example_np(self._records[self._offset + index])
         frames = list(example[self._video])[: self._frames * self._stride : self._stride]
         if len(frames) < self._frames:
             raise UserError(
@@ -122,9 +124,10 @@ def _load_features(root: Path):
             node["sequence"] = dict(feature=frame, length=length)
         return node
 
-    description = without_video(json.loads((root / "features.json").read_text()))
-    loaded = features.FeatureConnector.from_json(description)
-    loaded.load_metadata(root, feature_name=None)  # the names of the classes
+    with reading(root / "features.json", "the description of a data set"):
+        description = without_video(json.loads((root / "features.json").read_text(encoding="utf-8")))
+        loaded = features.FeatureConnector.from_json(description)
+        loaded.load_metadata(root, feature_name=None)  # the names of the classes
     return loaded
 
 
@@ -155,13 +158,14 @@ def _choose(dataset: str, features, kind: str, name: str, is_kind) -> str:
 def _open_split(root: Path, dataset: str, spec: str) -> tuple[grain.sources.ArrayRecordDataSource, int, int]:
     """(all records of the split's files, first record, number of records) of a split or a slice of one."""
     core = need("tensorflow_datasets.core", extra="data")
-    info = json.loads((root / "dataset_info.json").read_text())
-    splits = {
-        part["name"]: core.splits.SplitInfo(
-            part["name"], [int(n) for n in part.get("shardLengths", [])], int(part["numBytes"])
-        )
-        for part in info["splits"]
-    }
+    with reading(root / "dataset_info.json", "the description of a data set"):
+        info = json.loads((root / "dataset_info.json").read_text(encoding="utf-8"))
+        splits = {
+            part["name"]: core.splits.SplitInfo(
+                part["name"], [int(n) for n in part.get("shardLengths", [])], int(part["numBytes"])
+            )
+            for part in info["splits"]
+        }
     name = spec.partition("[")[0]
     if name not in splits:
         raise UserError(f'{dataset} has no split "{name}", only {", ".join(splits)}: set data.splits')
@@ -175,7 +179,8 @@ def _open_split(root: Path, dataset: str, spec: str) -> tuple[grain.sources.Arra
     except ValueError as error:
         raise UserError(f'"{spec}" is not a split or a slice of one such as "train[:90%]": {error}') from error
     files = sorted(str(path) for path in root.glob(f"{info['name']}-{name}.array_record-*"))
-    records = grain.sources.ArrayRecordDataSource(files) if files else []
+    with reading(root, "the files of a data set"):
+        records = grain.sources.ArrayRecordDataSource(files) if files else []
     expected = splits[name].num_examples
     if len(records) != expected:
         raise UserError(f"{root} holds {len(records)} of the {expected} examples of {name}: prepare the data set again")

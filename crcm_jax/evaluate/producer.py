@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from crcm_jax.recipes.options import rollout_plan
 from crcm_jax.sampling import Few, Noise, Schedule, Solver, Whole, generate_with
 
 
-def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[float] | None = None) -> Few:
+def few_step_solver(config: ConfigDict, steps: Sequence[int], mid: Sequence[Any] | None = None) -> Few:
     """A student's solver: `steps[i]` steps for chunk i (the last entry for all later ones).
 
-    mid: times between 1 and 0 at which every chunk stops, as many as its steps need; by default those of
-    `config.rollout`, whose way of seeing context it also takes. UserError for impossible schedules.
+    mid: times between 1 and 0 at which every chunk stops, as many as its steps need, or a row of them for each entry of
+    `steps`; by default those of `config.rollout`, whose way of seeing context it also takes. UserError for impossible
+    schedules.
     """
-    times = tuple(tuple(row) for row in config.rollout.times) if mid is None else (tuple(mid),)
+    rows = config.rollout.times if mid is None else mid if any(isinstance(row, Sequence) for row in mid) else (mid,)
+    times = tuple(tuple(row) for row in rows)
     try:
         return Few(Schedule(tuple(steps), times), rollout_plan(config).context)
     except ValueError as error:

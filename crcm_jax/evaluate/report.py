@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import string
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from crcm_jax.data import texts
 from crcm_jax.errors import UserError, need
 from crcm_jax.evaluate.video import animated_png, frame_grid
+from crcm_jax.saving.files import write_text
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "class_accuracy": ("right digit", "{:.1%}"),
@@ -81,15 +82,8 @@ def write_report(
         commands=escape("\n".join(commands)),
         facts=escape(" · ".join(f"{key}: {value}" for key, value in (facts or {}).items())),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        half_written.write_text(page, encoding="utf-8")
-        os.replace(half_written, path)
-    finally:
-        half_written.unlink(missing_ok=True)
-    return path
+    write_text(path, page)
+    return Path(path)
 
 
 def _clip_table(prompts, clips, fps) -> str:
@@ -133,17 +127,18 @@ def read_losses(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if not file.is_file():
         raise UserError(f"there is no log of losses at {file}: train that stage first")
     series: dict[str, list[tuple[int, float]]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = texts.read(file).rstrip("\n").split("\n")
     for number, line in enumerate(lines):
         try:
             row = json.loads(line)
-        except ValueError:
+            losses = {key: value for key, value in row.items() if key.split("/")[-1] == "loss" and value is not None}
+            points = {key: (int(row["iteration"]), float(value)) for key, value in losses.items()}
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             if number == len(lines) - 1:
                 break
-            raise UserError(f"line {number + 1} of {file} is not JSON: the log is damaged") from None
-        for key, value in row.items():
-            if key.split("/")[-1] == "loss" and value is not None:
-                series.setdefault(key, []).append((row["iteration"], value))
+            raise UserError(f"line {number + 1} of {file} is no line of a run's log: the log is damaged") from None
+        for key, point in points.items():
+            series.setdefault(key, []).append(point)
     if not series:
         raise UserError(f"{file} holds no losses")
     return {key: (np.array([i for i, _ in points]), np.array([v for _, v in points])) for key, points in series.items()}

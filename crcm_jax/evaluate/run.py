@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from crcm_jax.data import digits
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate import metrics
 from crcm_jax.evaluate.classifier import Classifier, train
+from crcm_jax.evaluate.video import NOT_FINITE
+from crcm_jax.saving.files import write_text
 
 Producer = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 """`(prompts, seeds)` → videos `[clip, frame, height, width, 1]` in [−1, 1]; one seed, one noise."""
@@ -88,10 +89,13 @@ def evaluate(
     frames_per_second: pixel frames made per second, in batches of `batch`, compilation excluded.
     broken_clips: clips with values that are not finite; they are judged as if those were black.
 
-    `progress(done, all)` is called after each batch. UserError if the producer makes other clips than the data's.
+    `progress(done, all)` is called after each batch. UserError if the producer makes other clips than the data's, or
+    none that is finite: then there is nothing to judge.
     """
     videos, frames_per_second = _produce(produce, judge, min(batch, len(judge.prompts)), progress)
     broken = ~np.isfinite(videos).all((1, 2, 3, 4))
+    if broken.all():
+        raise UserError(broken_clips(len(videos), len(videos)))
     videos = np.nan_to_num(videos, nan=-1.0, posinf=-1.0, neginf=-1.0)
     named = [digits.parse_prompt(prompt) for prompt in judge.prompts]
     logits, features = judge.classifier(videos)
@@ -118,16 +122,14 @@ def evaluate(
     )
 
 
+def broken_clips(broken: int, clips: int) -> str:
+    """The sentence for clips that are not finite."""
+    return f"{broken} of {clips} clips hold values that {NOT_FINITE}"
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON whole or not at all: a reader never sees half a file, and a failure leaves the old one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        half_written.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        os.replace(half_written, path)
-    finally:
-        half_written.unlink(missing_ok=True)
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _produce(produce: Producer, judge: Judge, batch: int, progress) -> tuple[np.ndarray, float]:

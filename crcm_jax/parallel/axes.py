@@ -8,6 +8,9 @@ AXES = ("data", "fsdp", "context", "tensor")
 """data: samples. fsdp: samples, and every large array cut up. context: the tokens of each frame. tensor: heads and
 feed-forward width."""
 
+_DIGITS = 9
+"""Of a length, at most: no machine has more devices, and Python reads no thousands of digits."""
+
 HELP = "devices by axis: data, fsdp, context, tensor, such as data=2,context=4"
 
 
@@ -19,7 +22,8 @@ def parse(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for word in filter(None, text.split(",")):
         name, _, length = word.partition("=")
-        if not length.isdecimal() or name in found:
+        name = name.strip()
+        if not length.isdecimal() or len(length) > _DIGITS or name in found:
             raise UsageError(f"--mesh={text} is not like data=2,context=4")
         found[name] = int(length)
     check(found)

@@ -21,8 +21,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crcm_jax import interrupts
 from crcm_jax.errors import UserError
-from crcm_jax.parallel import witness
+from crcm_jax.parallel import meeting, witness
 
 T = TypeVar("T")
 
@@ -41,8 +42,11 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
 
     coordinator: host:port at which process 0 listens; count, index: how many processes there are, and which this is.
     All None: the cluster's environment knows (TPU VMs, GKE, Slurm, Open MPI); UserError if it does not. wait: seconds.
-    A coordinator that is not there, or processes that never come, end the process from within JAX (see `witness`).
+    UserError too if the port is taken or not all come in time, but where the environment knows: there JAX itself ends
+    the process (see `witness`).
     """
+    if coordinator is not None and count is not None and index is not None:
+        meeting.meet(coordinator, count, index, wait)
     # Signals are this program's own to handle (`StopSignal`).
     jax.config.update("jax_enable_preemption_service", False)
     # At the end all wait for the first, which may have much to put its seal on; the dead are noticed even then.
@@ -79,6 +83,8 @@ def explain(error: BaseException, index: int | None) -> tuple[str, int]:
     me = "crcm" if index is None else f"crcm [process {index}]"
     if isinstance(error, UserError):
         return f"\n{me}: {error}\n", error.exit_code
+    if isinstance(error, KeyboardInterrupt) or interrupts.seen():
+        return f"\n{me}: stopped\n", interrupts.CODE
     if isinstance(error, RuntimeError) and _LOST.search(str(error)):
         return f"\n{me}: {witness.LOST} ({str(error).splitlines()[0][:300]})\n", UserError.exit_code
     return f"\n{me}:\n" + "".join(traceback.format_exception(error)), 1
@@ -155,7 +161,7 @@ class StopSignal(contextlib.AbstractContextManager):
 
     One process stops at once. Several cast a vote before each step, a sum of one number a device that is read an
     iteration later, when it is long known: nothing waits for it, and the run stops two iterations after the signal. A
-    second signal acts as if this were not here.
+    second signal acts as if this were not here. Ctrl-C is noted, so that the exit code can tell of it.
     """
 
     def __init__(self):
@@ -181,6 +187,8 @@ class StopSignal(contextlib.AbstractContextManager):
 
     def _request(self, number, frame):
         self.requested = True
+        if number == signal.SIGINT:
+            interrupts.note()
         print("\ncrcm: stopping: finishing the step and saving", file=sys.stderr, flush=True)
         signal.signal(number, self._before[number])
 

@@ -11,6 +11,9 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from crcm_jax.saving.files import write_text
 
 NAME = "manifest.json"
 
@@ -32,20 +35,6 @@ def _digests(paths: list[Path], *, sync: bool = False) -> list[str]:
         return list(pool.map(lambda path: _digest(path, sync=sync), paths))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash at any moment, sees the old content or the new and nothing between."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-
-
 def seal(folder: Path) -> None:
     """Declares `folder` whole: flushes every file to disk, then writes the manifest."""
     paths = _files(folder)
@@ -65,10 +54,10 @@ def is_sealed(folder: Path) -> bool:
 def damage(folder: Path) -> str | None:
     """None if every byte is as it was sealed, else what is wrong, in a few words. Reads every file."""
     try:
-        files = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]
+        files = _entries(json.loads((folder / NAME).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return "was never finished"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"has an unreadable {NAME}"
     for name, entry in files.items():
         path = folder / name
@@ -80,6 +69,16 @@ def damage(folder: Path) -> str | None:
         if digest != entry["sha256"]:
             return f"has altered bytes in {name}"
     return None
+
+
+def _entries(content: Any) -> dict[str, dict[str, Any]]:
+    """The manifest's files; an exception of any kind where they are not what `seal` has written."""
+    found = {}
+    for name, entry in content["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(entry["bytes"], int):
+            raise ValueError(name)
+        found[name] = {"bytes": entry["bytes"], "sha256": str(entry["sha256"])}
+    return found
 
 
 def discard(folder: Path) -> None:

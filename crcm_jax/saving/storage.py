@@ -9,7 +9,6 @@ A stored folder:
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
@@ -41,17 +40,6 @@ def warn(message: str) -> None:
     print(f"crcm: {message}", file=sys.stderr, flush=True)
 
 
-def is_out_of_space(error: BaseException) -> bool:
-    """Whether an exception, or what caused it, is a full disk or an exhausted quota (tensorstore says so in words)."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if re.search(r"ENOSPC|EDQUOT|No space left on device|quota exceeded", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def here() -> jax.sharding.Sharding:
     """Where arrays go when nobody says: the first local device."""
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -68,10 +56,15 @@ def abstract(tree: Any) -> Any:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """A checkpoint's meta.json; UserError if it is of a format this version does not know."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["format"] not in READABLE:
+    try:
+        meta = dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise UserError(
+            f"{folder} has no meta.json that can be read: restore it from a copy or use another one"
+        ) from None
+    if meta.get("format") not in READABLE:
         known = " and ".join(map(str, READABLE))
-        raise UserError(f"{folder} has checkpoint format {meta['format']}, this version reads {known}")
+        raise UserError(f"{folder} has checkpoint format {meta.get('format')}, this version reads {known}")
     return meta
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from crcm_jax.errors import UserError
 from crcm_jax.parallel import processes
 from crcm_jax.saving import manifest, storage
+from crcm_jax.saving.files import atomic
+from crcm_jax.saving.tensors import TensorFile, digest_of
 from crcm_jax.shapes import Params
 
 
@@ -57,8 +57,7 @@ def load_meta(path: str | Path) -> dict[str, Any]:
 def _meta(found: Path) -> dict[str, Any]:
     if found.is_dir():
         return storage.read_meta(found)
-    with _opened(found) as file:
-        return _safetensors_meta(file)
+    return TensorFile(found).meta
 
 
 def load_params(
@@ -96,6 +95,9 @@ def _targets(found: Path, stored: Params, expect: Params | None, dtype: Any) -> 
         flaw = storage.first_difference(stored, expect)
         if flaw:
             raise UserError(f"{found} is of another architecture: {flaw}")
+        for (name, has), (_, wanted) in zip(storage.leaves(stored), storage.leaves(expect)):
+            if jnp.issubdtype(wanted.dtype, jnp.inexact) and not jnp.issubdtype(has.dtype, jnp.inexact):
+                raise UserError(f"{found} holds {name} as {has.dtype}, which are no weights: use another file")
     targets = storage.abstract(stored if expect is None else expect)
     return jax.tree.map(lambda x: x.update(dtype=dtype or x.dtype), targets)
 
@@ -114,53 +116,36 @@ def _load_folder(found: Path, which: str, expect: Params | None, dtype: Any) -> 
     return storage.read_trees(found, {name: _targets(found, shapes[name], expect, dtype)})[name]
 
 
-@contextlib.contextmanager
-def _opened(found: Path) -> Iterator[Any]:
-    try:
-        with safe_open(found, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{found} is not a whole .safetensors file ({error}): restore it from a copy") from error
-
-
-def _safetensors_meta(file: Any) -> dict[str, Any]:
-    return json.loads((file.metadata() or {}).get("crcm", "{}"))
-
-
-def _digest(flat: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        digest.update(flat[name].tobytes())
-    return digest.hexdigest()
-
-
 def _load_safetensors(found: Path, expect: Params | None, dtype: Any) -> Params:
-    with _opened(found) as file:
-        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        sealed = _safetensors_meta(file).get("sha256")
-    if sealed not in (None, _digest(flat)):
-        raise UserError(f"{found} has altered bytes: restore it from a copy or use another one")
+    file = TensorFile(found)
+    processes.decided_by_first(file.require_unaltered)
     stored: dict[str, Any] = {}
-    for name, value in flat.items():
+    for name, tensor in file.tensors.items():
         *parents, last = name.split("/")
         node = stored
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = value
+            if not isinstance(node, dict):
+                raise UserError(f"{found} names {name}, and a tensor above it: it is of no layout known here")
+        if last in node:
+            raise UserError(f"{found} names {name}, and tensors below it: it is of no layout known here")
+        node[last] = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
     targets = _targets(found, stored, expect, dtype)
 
-    def place(value, to):
-        # By pieces, so that each process takes only its own.
-        return jax.make_array_from_callback(value.shape, to.sharding, lambda piece: value[piece].astype(to.dtype))
+    def place(path: Any, to: jax.ShapeDtypeStruct) -> jax.Array:
+        # By pieces: each process reads only its own.
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.make_array_from_callback(to.shape, to.sharding, lambda piece: file.read(name, piece, to.dtype))
 
-    return jax.tree.map(place, stored, targets)
+    return jax.tree_util.tree_map_with_path(place, targets)
 
 
 def save_params(path: str | Path, params: Params, meta: dict[str, Any], dtype: Any = None) -> None:
     """Writes weights alone, in `dtype` (default: their own), as a checkpoint folder or, by its suffix, a `.safetensors`
-    file. `meta` is what `load_meta` gives back; `training`, `model` and `config` are the keys others look for.
+    file, whole or not at all. `meta` is what `load_meta` gives back; `training`, `model` and `config` are the keys
+    others look for.
 
-    UserError if something is there already.
+    UserError if something is there already, or it cannot be written.
     """
     path = Path(path)
     if path.exists():
@@ -168,12 +153,12 @@ def save_params(path: str | Path, params: Params, meta: dict[str, Any], dtype: A
     meta = {"format": storage.FORMAT} | meta
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    if path.suffix == ".safetensors":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in storage.leaves(params)}
-        save_file(flat, path, metadata={"crcm": json.dumps(meta | {"sha256": _digest(flat)})})
-        return
-    path.mkdir(parents=True)
-    storage.write_trees(path, {"params": params}).result()
-    manifest.write_text(path / "meta.json", json.dumps(meta, indent=1))
-    manifest.seal(path)
+    with atomic(path) as draft:
+        if path.suffix == ".safetensors":
+            flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in storage.leaves(params)}
+            save_file(flat, draft, metadata={"crcm": json.dumps(meta | {"sha256": digest_of(flat.items())})})
+            return
+        draft.mkdir()
+        storage.write_trees(draft, {"params": params}).result()
+        manifest.write_text(draft / "meta.json", json.dumps(meta, indent=1))
+        manifest.seal(draft)

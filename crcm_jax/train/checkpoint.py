@@ -20,7 +20,7 @@ import jax
 
 from crcm_jax.errors import UserError
 from crcm_jax.parallel import processes
-from crcm_jax.saving import manifest, storage
+from crcm_jax.saving import files, manifest, storage
 from crcm_jax.saving.weights import load_params, save_params
 from crcm_jax.train import old_checkpoints
 from crcm_jax.train.identity import as_json
@@ -146,7 +146,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _failure(self, error: Exception, folder: Path) -> UserError:
         kept = [path for path in storage.candidates(self.parent) if path != folder and manifest.is_sealed(path)]
         before = f"the checkpoint before it, {kept[0]}, is intact" if kept else "there is no checkpoint before it"
-        full = storage.is_out_of_space(error)
+        full = files.is_full(error)
         reason = "the disk is full" if full else f"{type(error).__name__}: {error}".splitlines()[0]
         if folder.exists() and processes.is_first():
             manifest.discard(folder)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crcm_jax import parts
-from crcm_jax.data import pipeline, tensor_file
+from crcm_jax.data import pipeline, tensor_file, texts
 from crcm_jax.errors import UsageError
 from crcm_jax.models.base import Codec, Condition, Params, TextEncoder
 from crcm_jax.saving.weights import load_params
@@ -56,7 +56,7 @@ def negative_prompt(config, encoder: TextEncoder | None, *, needed: bool) -> Con
             f"training {config.training!r} needs --config.init.uncond: the negative prompt's embedding as a .pt file, "
             "or its text and --config.text.weights; crcm data embed writes the former"
         )
-    prompt = Path(path).read_text(encoding="utf-8").strip() if path else ""
+    prompt = texts.read(path).strip() if path else ""
     return Condition((encoder or parts.text_encoder(config))([prompt]))
 
 

@@ -103,8 +103,8 @@ def _compare(path: Path, new: dict[str, Any], work: str) -> None:
             f"{workdir} holds {work} but no {NAME} that says which run it is from: choose another --workdir"
         )
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        old = dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path} is not readable as JSON: restore it, or choose another --workdir") from None
     changed = difference(old, new)
     if changed:

@@ -203,11 +203,11 @@ def _name(key: str) -> str:
 def _lines_until(path: Path, iteration: int) -> str:
     """The lines of a metrics file up to `iteration`; a last line that a kill cut short is dropped."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["iteration"] > iteration:
                 break
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         kept.append(line + "\n")
     return "".join(kept)

@@ -286,7 +286,7 @@ def test_lists_of_videos(tmp_path, videos):
     (tmp_path / "silent" / "a.mp4").touch()
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("bad.csv", "is no list with a video and a prompt"), ("gone.jsonl", r"1 of 1 videos in .* are missing"),
+        ("bad.csv", "has no column video, only a, b"), ("gone.jsonl", r"1 of 1 videos in .* are missing"),
         ("silent", r"1 of 1 videos have no prompt: write a\.txt"), ("empty", "holds no videos"), ("x", "there is no"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
@@ -299,9 +299,12 @@ def test_lists_of_videos(tmp_path, videos):
         (["build", "--weights=w", "--out=o"], "--videos --prompts is required"),
         (["build", "--videos=v", "--prompts=p", "--weights=w", "--out=o"], "not allowed with"),
         (["build", "--prompts=nowhere.txt", "--weights=w", "--out=o"], r"there is no file nowhere\.txt"),
-        (["build", "--videos=v", "--weights=w", "--out=o", "--size=832"], "width x height"),
+        (["build", "--videos=v", "--weights=w", "--out=o", "--size=832"], "not like 832x480"),
         (["build", "--videos=v", "--weights=w", "--out=o", "--part=2/2"], "part i/n"),
-        (["build", "--videos=v", "--weights=w", "--out=o", "--batch=0"], "--batch=0: use a positive number"),
+        (
+            ["build", "--videos=v", "--weights=w", "--out=o", "--batch=0"],
+            "--batch: '0' is not a whole",
+        ),
         (["build", "--videos=nowhere", "--weights=w", "--out=o"], "there is no nowhere"),
         (["frobnicate"], "invalid choice"),
         ([], "COMMAND"),
@@ -318,6 +321,11 @@ def test_what_is_wrong_is_told_before_weights_are_read(videos, tmp_path):
         build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}")
     with pytest.raises(UserError, match="10 frames is not 1 \\+ 4k"):
         build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}", "--frames=10")
+    for name in ("vae", "text_encoder"):
+        (tmp_path / f"{name}.safetensors").touch()
+    with pytest.raises(UserError, match=r"9 frames of 400000x400000 pixels cannot be held: .* a smaller --size"):
+        build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}", "--size=400000x400000")
+    assert not (tmp_path / "set").exists()
     with pytest.raises(UserError, match="--model=large is not one of"):
         build(f"--videos={videos}", f"--weights={tmp_path}", f"--out={tmp_path / 'set'}", "--model=large")
 

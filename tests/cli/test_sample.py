@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small_release
 import tiny
+from PIL import Image
 from small_release import SMALL, SMALL_I2V
 
 from crcm_jax import pipeline, recipes
@@ -164,6 +165,39 @@ def test_a_wan_run_with_the_parts_that_it_lacks(weights, tmp_path, capsys):
     assert expected.std() > 10
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_weights_that_make_nothing_finite_end_in_a_sentence(tmp_path, streams, capsys):
+    """No black clip: what was there stays, and it is known at the first chunk."""
+    config = get_config("sf_dmd" if streams else "bidirectional")
+    config.model.update(dict(dim=16, ffn_dim=16, heads=2, layers=1))
+    params = tiny.parameters(recipes.student(config))
+    params["outside"]["head"]["kernel"] = np.full_like(params["outside"]["head"]["kernel"], np.nan)
+    save_params(tmp_path / "nan.safetensors", params, dict(training=config.training, config=as_json(config)))
+    (tmp_path / "a.gif").write_bytes(b"old")
+    words = [f"--checkpoint={tmp_path / 'nan.safetensors'}", "--prompt=a three moves up", f"--out={tmp_path / 'a.gif'}"]
+    more = ["--steps=1"] if streams else ["--sampler=euler", "--steps=2"]
+    with pytest.raises(
+        UserError, match=r"the clip holds .*% values that are not finite .*earlier checkpoint"
+    ) as caught:
+        sample.main([*words, *more])
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert (tmp_path / "a.gif").read_bytes() == b"old"
+    assert "frames/s" not in capsys.readouterr().out
+
+
+def test_a_picture_is_seen_upright(weights, tmp_path):
+    """An image's own orientation gives the clip its proportions and its first frame."""
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "stored.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    for name in ("stored", "upright"):
+        more = [f"--image={tmp_path / name}.png", "--steps=1", f"--out={tmp_path / name}.out.png"]
+        assert sample.main(words(weights, *more)) == 0
+    np.testing.assert_array_equal(iio.imread(tmp_path / "stored.out.png"), iio.imread(tmp_path / "upright.out.png"))
+
+
 def test_a_run_without_its_autoencoder(tmp_path):
     with pytest.raises(UserError, match=r"a transformer alone: --weights=DIR must name a folder with its vae\.safe"):
         sample.main([f"--checkpoint={wan_run(tmp_path)}", "--prompt=a"])
@@ -220,6 +254,7 @@ def test_wrong_command_lines(argv, message):
     [
         (["--frames=10"], "10 frames is not 1 \\+ 4k"),
         (["--frames=13", "--chunks=3-3"], "4 latent frames do not split"),
+        (["--size=400000x400000"], "a clip of 9 frames of 400000x400000 pixels cannot be held: .* a smaller --size"),
         (["--size=20x24"], "does not divide into patches of 8x8"),
         (["--steps=2,4"], "never increase"),
         (["--steps=3", "--mid=1/2"], "intermediate times"),

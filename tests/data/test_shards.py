@@ -98,7 +98,7 @@ def test_the_index_of_a_folder_that_cannot_be_written_is_cached(tmp_path, monkey
 
     def refuse(path, text):
         if path.parent == folder:
-            raise PermissionError(path)
+            raise UserError(f"{path} cannot be written")
         write(path, text)
 
     monkeypatch.setattr(shards, "write_text", refuse)
@@ -158,7 +158,8 @@ def test_incomplete_examples_and_altered_headers_are_named(tmp_path):
     header.name = "000000001.embed.xx"
     path.write_bytes(content[:member] + header.tobuf(tarfile.USTAR_FORMAT) + content[member + 512 :])
     table = tar_shard.scan(path)
-    assert table["keys"] == ["000000000", "000000002"] and table["flaws"] == ["has no embed.pt of 000000001"]
+    assert table["keys"] == ["000000000", "000000002"] and table["flaws"] == []
+    assert table["incomplete"] == {"000000001": "has no embed.pt of 000000001"}
     path.write_bytes(content)  # now that header's checksum is wrong, and what follows cannot be found
     table = tar_shard.scan(path)
     assert table["keys"] == ["000000000"] and "unreadable from byte" in table["flaws"][0]

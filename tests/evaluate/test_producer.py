@@ -102,6 +102,29 @@ def test_command_writes_the_scores(checkpoint, tmp_path, monkeypatch, capsys):
     assert "class_accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("broken", [1, 20])
+def test_clips_that_are_not_finite_end_in_a_sentence(checkpoint, tmp_path, monkeypatch, broken):
+    """One of many: the scores are written, and say how many. All of them: there is nothing to judge or to write."""
+    monkeypatch.setattr(run, "train", functools.partial(run.train, steps=5))
+    make = producer.producer
+
+    def some(*args, **options):
+        produce = make(*args, **options)
+
+        def broken_ones(prompts, seeds):
+            return np.where(np.array(seeds)[:, None, None, None, None] < broken, np.nan, produce(prompts, seeds))
+
+        return broken_ones
+
+    monkeypatch.setattr(producer, "producer", some)
+    out = tmp_path / "metrics.json"
+    words = [f"--checkpoint={checkpoint}", "--steps=1", "--clips=20", "--batch=10", f"--out={out}"]
+    with pytest.raises(UserError, match=rf"{broken} of 20 clips hold values that are not finite") as caught:
+        dispatch(["evaluate", *words])
+    assert caught.value.exit_code == 1
+    assert out.exists() == (broken == 1) and (broken == 20 or json.loads(out.read_text())["broken_clips"] == 1)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -110,8 +133,10 @@ def test_command_writes_the_scores(checkpoint, tmp_path, monkeypatch, capsys):
         (["--checkpoint=x", "--steps=2", "--ode=3"], "not allowed with"),
         (["--checkpoint=x", "--steps=two"], "not a list of numbers"),
         (["--checkpoint=x", "--ode=3", "--mid=0.5"], "--mid belongs to --steps"),
-        (["--checkpoint=x", "--steps=2", "--clips=0"], "--clips=0"),
-        (["--checkpoint=x", "--steps=2", "--clip=8"], "unrecognized"),
+        (["--checkpoint=x", "--steps=2", "--mid=5/0"], "not a list of numbers such as 15/16,5/6,5/8"),
+        (["--checkpoint=x", "--steps=2", "--clips=9", "--seeds=2"], "--clips=9 cannot be shared among --seeds=2"),
+        (["--checkpoint=x", "--steps=2", "--clips=0"], "--clips: '0' is not a whole number of at least 2"),
+        (["--checkpoint=x", "--steps=2", "--clip=8"], "no option --clip: did you mean --clips"),
     ],
 )
 def test_wrong_command_lines_are_answered_at_once(arguments, message):
@@ -139,7 +164,7 @@ def judged(monkeypatch, tmp_path):
 
     monkeypatch.setattr(producer, "producer", note)
     monkeypatch.setattr(run, "judge", lambda config, **options: None)
-    monkeypatch.setattr(run, "evaluate", lambda *args, **options: {})
+    monkeypatch.setattr(run, "evaluate", lambda *args, **options: {"broken_clips": 0})
 
     def evaluate(training, *words):
         config, path = tiny(training), tmp_path / f"{training}.safetensors"

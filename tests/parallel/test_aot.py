@@ -173,7 +173,7 @@ def test_gathers_of_a_mesh_of_gpus_are_of_one_layer():
     ("words", "says"),
     [
         (["--config=configs/digits.py:tf"], "--topology is missing"),
-        (["--config=configs/digits.py:tf", "--topology=v5p:2x2x1", "--config.mesh.fsdp=x"], "positive integer"),
+        (["--config=configs/digits.py:tf", "--topology=v5p:2x2x1", "--config.mesh.fsdp=x"], "is not like data=2"),
         (["--topology=v5p:2x2x1"], "--config=FILE.py is missing"),
         (["--config=configs/digits.py:tf", "--topology=h100:8x"], "--topology=h100:8x: say how many GPUs"),
     ],
@@ -230,8 +230,8 @@ def test_what_the_compiler_writes_is_what_it_compiles(monkeypatch):
     """The program that it prints has the collectives of the one that JAX gets back, with its kernels, and their memory
     is settled before the machine code is there. In place of a train step one of three small layers."""
     words = ["--config=configs/digits.py:bidirectional", "--topology=v5e:2x2"]
-    config, topology, _ = aot.parse([*words, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"])
-    run = ahead.prepare(config, ahead.target(topology))
+    config, options = aot.parse([*words, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"])
+    run = ahead.prepare(config, ahead.target(options.topology))
     place = functools.partial(NamedSharding, run.mesh)
     by_heads = functools.partial(jax.shard_map, mesh=run.mesh, check_vma=False)
     attend = functools.partial(attention, mask=Full(), implementation="mosaic_tpu")

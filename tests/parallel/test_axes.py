@@ -25,7 +25,7 @@ def test_train_and_aot_take_it(tmp_path):
     config = ["--config=configs/digits.py:tf"]
     found, _ = train.parse([*config, "--mesh=data=2,context=4", f"--workdir={tmp_path}"])
     assert (found.mesh.data, found.mesh.context, found.mesh.fsdp) == (2, 4, 1)
-    found, _, _ = aot.parse([*config, "--topology=v5p:2x2x1", "--mesh=fsdp=4", "--config.mesh.tensor=2"])
+    found, _ = aot.parse([*config, "--topology=v5p:2x2x1", "--mesh=fsdp=4", "--config.mesh.tensor=2"])
     assert (found.mesh.fsdp, found.mesh.tensor) == (4, 2)
     with pytest.raises(UsageError, match="is not like data=2,context=4"):
         train.parse([*config, "--mesh=2x4", f"--workdir={tmp_path}"])
