@@ -19,6 +19,7 @@ from crcm_jax.data import set_manifest, shards, tensor_file, video_files
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.vae.wan import WanVAE
 from crcm_jax.models.wan import library
 from crcm_jax.models.wan.transformer import WanTransformer
@@ -137,10 +138,9 @@ def test_from_prompts(sampled, weights):
     network, params = WanTransformer(SMALL.transformer), tiny.parameters(WanTransformer(SMALL.transformer), 0)
     for i in (0, 4):
         noise = np.random.default_rng(5 + i).standard_normal((1, 3, 4, 6, 16), np.float32)
-        cond, uncond = (Condition(text=jnp.asarray(encoder([text]))) for text in (PROMPTS[i], "worst"))
+        cond, uncond = (Condition({"text": jnp.asarray(encoder([text]))}) for text in (PROMPTS[i], "worst"))
         wanted = generate_whole(
-            network,
-            params,
+            Bound(network, params),
             cond,
             noise,
             times=teacher_times(3, 3.0, 5000.0),

@@ -11,17 +11,18 @@ import tiny
 from small_release import SMALL, SMALL_I2V
 
 from configs.digits import get_config
-from crcm_jax import build
+from crcm_jax import recipes
 from crcm_jax.cli import _sample_solver, sample
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate.producer import clip_noise
 from crcm_jax.evaluate.video import write_video
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.models.vision.clip import CLIPVision
 from crcm_jax.models.wan import library
 from crcm_jax.models.wan.transformer import WanTransformer
-from crcm_jax.sampling import Few, Ode, Whole, generate_whole, teacher_times
-from crcm_jax.sampling.schedule import MID_TIMES, StepPlan
+from crcm_jax.sampling import ContextRule, Few, Ode, Schedule, Whole, generate_whole, teacher_times
+from crcm_jax.sampling.schedule import MID_TIMES
 from crcm_jax.saving.weights import save_params
 from crcm_jax.train.identity import as_json
 
@@ -51,7 +52,7 @@ def run(tmp_path_factory):
     config = get_config("sf_dmd")
     config.model.update(dict(dim=16, ffn_dim=16, heads=2, layers=1))
     path = tmp_path_factory.mktemp("runs") / "student.safetensors"
-    params = tiny.parameters(build.network(config))
+    params = tiny.parameters(recipes.student(config))
     save_params(path, params, dict(training=config.training, config=as_json(config)))
     return path
 
@@ -96,10 +97,11 @@ def test_a_bidirectional_model_makes_the_clip_at_once(weights, tmp_path, capsys)
     assert "at once, unipc, 3 steps, shift 4, guidance 2" in told.err and "3 steps of" in told.out
     network = WanTransformer(SMALL.transformer)
     encode = library.load_text_encoder(SMALL, weights)
-    cond, uncond = (Condition(encode([text])) for text in ("a cat walks", "a dog"))
+    cond, uncond = (Condition({"text": encode([text])}) for text in ("a cat walks", "a dog"))
     noise = clip_noise([5], (3, 6, 4, 16), 0).initial
     options = {"times": teacher_times(3, 4.0), "uncond": uncond, "guidance": 2.0}
-    latents = generate_whole(network, library.load_transformer(network, weights), cond, noise, **options)
+    model = Bound(network, library.load_transformer(network, weights))
+    latents = generate_whole(model, cond, noise, **options)
     vae, params = library.load_vae(SMALL, weights)
     write_video(tmp_path / "expected.png", np.asarray(vae.decode(params, latents))[0])
     expected = iio.imread(tmp_path / "expected.png").astype(int)
@@ -207,7 +209,12 @@ def test_impossible_clips_and_schedules_are_named_before_anything_is_read(more, 
 def chosen(meta, *more, whole=False):
     options, _ = sample.parse(words("nowhere", *more))
     solver, guidance = _sample_solver.choose(options, meta, whole=whole)
-    return solver, guidance, _sample_solver.describe(solver, guidance, meta)
+    at_once = whole or _sample_solver.whole(options, meta)
+    return solver, guidance, _sample_solver.describe(solver, guidance, meta, whole=at_once)
+
+
+def few(steps, mid, noisy, start):
+    return Few(Schedule(steps, mid), ContextRule(noisy, start))
 
 
 def test_options_and_weights_choose_the_sampler():
@@ -215,13 +222,13 @@ def test_options_and_weights_choose_the_sampler():
     config = {"rollout": {"steps": [2, 1], "times": [[0.5], []]}, "sample": {"ode_steps": 24, "guidance": 2.5}}
     student, teacher, whole = ({"training": name, "config": config} for name in ("sf_dmd", "tf", "bidirectional"))
     mid = MID_TIMES
-    assert chosen({})[:2] == (Few(StepPlan((4,), (mid,), False, 1)), 1.0)
+    assert chosen({})[:2] == (few((4,), (mid,), False, 1), 1.0)
     assert "the weights do not say what they are: --sampler=unipc is for bidirectional" in chosen({})[2]
-    assert chosen({}, "--steps=4,2")[0] == Few(StepPlan((4, 2), (mid, (5 / 6,)), False, 1))
-    assert chosen({}, "--steps=4,2", "--noisy-context")[0] == Few(StepPlan((4, 2), (mid, (5 / 8,)), True, 1))
-    assert chosen(student)[:2] == (Few(StepPlan((2, 1), ((0.5,), ()), False, 1)), 1.0)
+    assert chosen({}, "--steps=4,2")[0] == few((4, 2), (mid, (5 / 6,)), False, 1)
+    assert chosen({}, "--steps=4,2", "--noisy-context")[0] == few((4, 2), (mid, (5 / 8,)), True, 1)
+    assert chosen(student)[:2] == (few((2, 1), ((0.5,), ()), False, 1), 1.0)
     assert chosen(student)[2] == "chunk by chunk, 2,1 steps (trained as sf_dmd)"
-    assert chosen(student, "--steps=1", "--mid=1/2", "--context-start=2")[0].plan == StepPlan((1,), ((0.5,),), False, 2)
+    assert chosen(student, "--steps=1", "--mid=1/2", "--context-start=2")[0] == few((1,), ((0.5,),), False, 2)
     assert chosen({}, "--ode=50")[:2] == (Ode(50, 3.0), 3.0)
     assert chosen(teacher)[:2] == (Ode(24, 3.0), 2.5)
     assert chosen(teacher, "--ode=9", "--shift=5", "--guidance=3")[:2] == (Ode(9, 5.0), 3.0)

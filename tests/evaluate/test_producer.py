@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.digits import get_config
-from crcm_jax import build
+from crcm_jax import recipes
 from crcm_jax.__main__ import dispatch
 from crcm_jax.errors import UsageError, UserError
 from crcm_jax.evaluate import producer, run
@@ -26,7 +26,7 @@ def tiny(variant="sf_dmd"):
 def random_params(config):
     """Weights without zeros: a fresh network's head is zero, and its clips would depend on nothing but their noise."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(build.network(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(recipes.student(config).init, jax.random.key(0))
     return jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
 
 
@@ -65,21 +65,23 @@ def test_guidance_and_the_empty_prompt_reach_the_sampler(checkpoint, monkeypatch
     config, params, _ = producer.load(checkpoint)
     given = {}
 
-    def generate(network, params, cond, key, **options):
-        given.update(options)
+    def generate(model, cond, **options):
+        given.update(options, model=model)
         return jax.numpy.full(options["shape"], 9.0)
 
     monkeypatch.setattr(producer, "generate", generate)
     clips = producer.producer(config, params, Ode(2), guidance=4.0)(["a one moves up"], [0])
-    assert given["guidance"] == 4.0 and given["solver"] == Ode(2) and given["chunks"].size == 1
-    assert given["uncond"].text.shape == (1, 12, 32) and not given["uncond"].text.any()
+    assert given["guidance"] == 4.0 and given["solver"] == Ode(2)
+    assert given["model"].network.chunks.size == 1 and given["model"].params is params
+    text = given["uncond"].prompt["text"]
+    assert text.shape == (1, 12, 32) and not text.any()
     assert (clips == 1).all()  # and what comes out of range is clipped
 
 
 def test_schedules_come_from_the_command_or_the_run():
     config = tiny()
-    assert producer.few_step_solver(config, (3,)).plan.schedule(0) == (1.0, 15 / 16, 5 / 6)
-    assert producer.few_step_solver(config, (2, 1), (0.5,)).plan.schedule(0) == (1.0, 0.5)
+    assert producer.few_step_solver(config, (3,)).schedule.times(0) == (1.0, 15 / 16, 5 / 6)
+    assert producer.few_step_solver(config, (2, 1), (0.5,)).schedule.times(0) == (1.0, 0.5)
     for steps, mid, message in (
         ((2, 4), None, "never increase"),
         ((3,), (0.5,), "intermediate"),
