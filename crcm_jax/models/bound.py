@@ -90,20 +90,23 @@ class Prompted:
     def velocity(self, x, t, cache: tuple[Any, ...], chunk) -> jax.Array:
         """The (guided) velocity of chunk `chunk` on its caches."""
         network, params = self.bound.network, self.bound.params
-        x, t = self._rows(x), self._rows(t)
+        x, t = self._rows(x), self._times(t)
         return self._merge([network.velocity(params, x, t, p, OnCache(c, chunk)) for p, c in zip(self.prepared, cache)])
 
     def write(self, x, t, cache: tuple[Any, ...], chunk) -> tuple[jax.Array, tuple[Any, ...]]:
         """The (guided) velocity of chunk `chunk`, and the caches with it."""
         network, params = self.bound.network, self.bound.params
-        x, t = self._rows(x), self._rows(t)
+        x, t = self._rows(x), self._times(t)
         vs, caches = zip(*(network.write(params, x, t, p, c, chunk) for p, c in zip(self.prepared, cache)))
         return self._merge(list(vs)), caches
 
     def _rows(self, leaf):
-        """One branch's rows as the passes take them."""
-        one = len(self.prepared) == self.branches or leaf.shape[0] == 1
-        return leaf if one else jnp.concatenate([leaf, leaf])
+        """One branch's rows as the passes take them: twice, where one pass serves both branches."""
+        return leaf if len(self.prepared) == self.branches else jnp.concatenate([leaf, leaf])
+
+    def _times(self, t):
+        """The same of times, of which one row may serve every sample."""
+        return t if t.shape[0] == 1 else self._rows(t)
 
     def _merge(self, velocities: list[jax.Array]) -> jax.Array:
         if self.branches == 1:
