@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from crcm_jax import build, demo
+from crcm_jax import demo, recipes
 from crcm_jax.errors import UserError
 from crcm_jax.evaluate import run
 from crcm_jax.parallel import processes
@@ -33,7 +33,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "train", functools.partial(run.train, steps=5))
     config = demo.stage_config("bidirectional", tmp_path, TINY)
     teacher = tmp_path / "teacher.safetensors"
-    weights.save_params(teacher, build.network(config).init(jax.random.key(0)), {"training": "bidirectional"})
+    weights.save_params(teacher, recipes.student(config).init(jax.random.key(0)), {"training": "bidirectional"})
     monkeypatch.setattr(demo, "TEACHER", teacher)
 
 

@@ -34,7 +34,7 @@ from crcm_jax.recipes import Training
 from crcm_jax.recipes.options import rollout_plan
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.step import Frozen, make_steps
+from crcm_jax.train.step import Frozen, make_steps, step_name
 from pallas_kernels.attention import mosaic_tpu
 
 # How libtpu says that a program needs more memory than there is; of temporaries, where they alone are too much.
@@ -260,7 +260,7 @@ def _compile(run: Run, player: str, program: Any, folder: str):
         # Only how the program is cut up is of interest, not how well a CPU would run it.
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         return program.lower().compile(compiler_options=options)
-    options = dumps.options(folder, f"{player}_step")
+    options = dumps.options(folder, step_name(player))
     try:
         return program.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

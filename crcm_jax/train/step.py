@@ -174,6 +174,11 @@ def nets_of(training: Training, state: TrainState, frozen: Frozen) -> Nets:
     return Nets(bound, frozen.uncond)
 
 
+def step_name(player: str) -> str:
+    """What a player's step is called as a compiled program, in profiles and in what the compiler writes of it."""
+    return f"{player}_step"
+
+
 def make_steps(
     training: Training,
     optimizers: Mapping[str, Optimizer],
@@ -216,6 +221,7 @@ def make_steps(
             }
             return _advanced(state, name, PlayerState(params, opt, own.updates + 1, averages), learnt, metrics)
 
+        step.__name__ = step_name(name)
         return step
 
     options = compiler.options()

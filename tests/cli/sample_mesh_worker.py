@@ -18,7 +18,7 @@ from crcm_jax.cli import _sample_sources as sources
 from crcm_jax.cli import sample
 from crcm_jax.cli._sample_run import videos
 from crcm_jax.models import registry
-from crcm_jax.parallel import rules
+from crcm_jax.parallel.rules import device_bytes
 
 # Three prompts, two heads, six tokens a frame: by itself it takes data=2,context=2, and fills up the second batch.
 MESHES = {
@@ -34,7 +34,7 @@ def clips(folder: Path, way: str, mesh: str) -> tuple[np.ndarray, float]:
     source = sources.prepare(*sample.parse(words))
     made = np.concatenate([video for _, video in videos(source, 3)])
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(source.model.params))
-    return made, rules.device_bytes(source.model.params) / whole
+    return made, device_bytes(source.model.params) / whole
 
 
 def main() -> None:

@@ -3,10 +3,12 @@
 import jax
 import pytest
 
-from crcm_jax import build, flow
+from crcm_jax import flow, parts, recipes
 from crcm_jax.configs.wan2_1 import VARIANTS, get_config
 from crcm_jax.errors import UserError
 from crcm_jax.models.wan.config import WanConfig
+from crcm_jax.recipes.averages import Power
+from crcm_jax.recipes.options import rollout_plan
 
 # variant: (lr, beta 1, save every, teacher or real score, its guidance)
 TABLE = {
@@ -34,13 +36,18 @@ def test_numbers_are_the_published_ones(variant):
     assert (c.objective.scale, c.dmd.scale, c.dmd.student_update_freq) == (100.0, 1.0, 6)
     assert (c.param_dtype, c.model.dtype, c.model.round_time, c.seed) == ("bfloat16", "bfloat16", True, 0)
     large, small = WanConfig.t2v_14b(remat="block"), WanConfig.t2v_1_3b(remat="attention")
-    assert build.network(c, "student").config == (large if "14b" in variant else small)
+    training = recipes.make(c)
+    assert training.networks["student"].config == (large if "14b" in variant else small)
     if teacher:
-        assert build.network(c, teacher).config == build.network(c, "critic").config == large
+        assert training.networks[teacher].config == parts.network(c, "critic", causal=False).config == large
         assert guidance == (c.objective.guidance if teacher == "teacher" else c.dmd.guidance)
-    algorithm = build.algorithm(c)
-    assert algorithm.reads == ((teacher,) if teacher else ())
-    assert (algorithm.critic is not None) == variant.startswith("sf_dmd")
+    assert training.reads == ((teacher,) if teacher else ())
+    matches = variant.startswith("sf_dmd")
+    assert set(training.players) == ({"student", "critic"} if matches else {"student"})
+    assert not matches or training.networks["critic"].config == large
+    sections = {name: player.optim for name, player in training.players.items()}
+    assert sections == {"student": "optim", "critic": "critic_optim"} if matches else {"student": "optim"}
+    assert training.players["student"].averages == {"ema": Power(0.1)}
 
 
 def test_times_and_weightings():
@@ -66,25 +73,25 @@ def test_times_and_weightings():
     ],
 )
 def test_step_schedules(variant, first, later, noisy, start):
-    plan = build.rollout_plan(get_config(variant))
-    assert plan.schedule(0) == first and plan.schedule(1) == plan.schedule(20) == later
-    assert (plan.noisy_context, plan.context_start) == (noisy, start)
+    plan = rollout_plan(get_config(variant))
+    assert plan.schedule.times(0) == first and plan.schedule.times(1) == plan.schedule.times(20) == later
+    assert (plan.context.noisy, plan.context.start) == (noisy, start)
 
 
 def test_geometry_and_options():
     c = get_config("tf,c3-3")
-    assert build.codec(c).latent_shape(c.data.frames, c.data.height, c.data.width) == (21, 60, 104, 16)
-    pattern = build.chunk_pattern(c)
+    assert parts.codec(c).latent_shape(c.data.frames, c.data.height, c.data.width) == (21, 60, 104, 16)
+    pattern = parts.chunk_pattern(c)
     assert (pattern.first, pattern.size, pattern.count(21)) == (3, 3, 7)
-    assert build.chunk_pattern(get_config("tf")).count(21) == 21
-    shapes = jax.eval_shape(build.network(c).init, jax.random.key(0))
+    assert parts.chunk_pattern(get_config("tf")).count(21) == 21
+    shapes = jax.eval_shape(recipes.student(c).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_418_996_800
     with pytest.raises(ValueError, match="no variant 'rcm'"):
         get_config("rcm")
     with pytest.raises(ValueError, match="only tf and df"):
         get_config("tf_scm,14b")
     with pytest.raises(UserError, match=r"--config\.text\.weights is missing"):
-        build.text_encoder(c)
+        parts.text_encoder(c)
     c.codec.version = "3"
     with pytest.raises(UserError, match=r"codec\.version '3' is not one of 2\.1, 2\.2"):
-        build.codec(c)
+        parts.codec(c)

@@ -36,7 +36,7 @@ def numbers(batches):
     known = {sets.example(i).latents.astype(np.float32).tobytes(): i for i in range(12)}
     found = []
     for batch in batches:
-        for latents, text in zip(batch["latents"], batch["text"]):
+        for latents, text in zip(batch["latents"], batch["prompt"]["text"]):
             found.append(known[latents.tobytes()])
             np.testing.assert_array_equal(text, sets.example(found[-1]).text.astype(np.float32))
     return found
@@ -49,9 +49,9 @@ def folder(request, tmp_path_factory):
 
 def test_batches_are_what_is_stored(folder):
     batches = take(stream(folder), 12)
-    assert all(batch.keys() == {"latents", "text", "damaged"} for batch in batches)
-    assert batches[0]["latents"].shape == (2, *sets.LATENTS) and batches[0]["text"].shape == (2, *sets.TEXT)
-    assert all(batch[name].dtype == np.float32 for batch in batches for name in ("latents", "text"))
+    assert all(batch.keys() == {"latents", "prompt", "damaged"} for batch in batches)
+    assert batches[0]["latents"].shape == (2, *sets.LATENTS) and batches[0]["prompt"]["text"].shape == (2, *sets.TEXT)
+    assert all(x.dtype == np.float32 for batch in batches for x in (batch["latents"], batch["prompt"]["text"]))
     order = numbers(batches)
     assert sorted(order[:12]) == sorted(order[12:]) == list(range(12)) and order[:12] != order[12:]
     assert all((batch["damaged"] == 0).all() for batch in batches)
@@ -64,8 +64,8 @@ def test_both_formats_give_the_same_batches(tmp_path):
 
 def test_longer_clips_are_cut_and_shorter_texts_filled_with_zeros(folder):
     batch = next(stream(folder, text=(9, 8), frames=2))
-    assert batch["latents"].shape == (2, 2, 2, 4, 5) and batch["text"].shape == (2, 9, 8)
-    assert (batch["text"][:, 6:] == 0).all() and (batch["text"][:, :6] != 0).any((1, 2)).all()
+    assert batch["latents"].shape == (2, 2, 2, 4, 5) and batch["prompt"]["text"].shape == (2, 9, 8)
+    assert (batch["prompt"]["text"][:, 6:] == 0).all() and (batch["prompt"]["text"][:, :6] != 0).any((1, 2)).all()
     whole = {sets.example(i).latents[:2].astype(np.float32).tobytes() for i in range(12)}
     assert all(latents.tobytes() in whole for latents in batch["latents"])
 

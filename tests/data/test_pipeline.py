@@ -10,14 +10,15 @@ from absl import flags
 from ml_collections import ConfigDict
 from threadpoolctl import threadpool_limits
 
-from crcm_jax import build
+from crcm_jax import recipes
 from crcm_jax.configs.digits import get_config
 from crcm_jax.data import digits, pipeline
 from crcm_jax.errors import UserError
+from crcm_jax.models.text.embedded import Embedded
 from crcm_jax.models.text.words import WordEncoder
 from crcm_jax.models.vae.pixels import PixelCodec
 
-CODEC, WORDS = PixelCodec(patch=2, mean=-0.75, std=0.52), WordEncoder()
+CODEC, WORDS = PixelCodec(patch=2, mean=-0.75, std=0.52), Embedded(WordEncoder())
 
 
 def config(**changes):
@@ -37,9 +38,7 @@ def take(iterator, count):
 def assert_same(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b):
-        assert x.keys() == y.keys()
-        for key in x:
-            np.testing.assert_array_equal(x[key], y[key])
+        jax.tree.map(np.testing.assert_array_equal, x, y)  # which is told if the keys differ
 
 
 def rows(batches):
@@ -48,9 +47,9 @@ def rows(batches):
 
 def test_a_batch_is_what_the_trainer_expects():
     batch = next(stream(config(batch_size=256, examples=1000)))
-    assert batch.keys() == {"latents", "text"}
-    assert batch["latents"].shape == (256, 9, 8, 8, 4) and batch["text"].shape == (256, 12, 32)
-    assert all(array.dtype == np.float32 for array in batch.values())
+    assert batch.keys() == {"latents", "prompt"}
+    assert batch["latents"].shape == (256, 9, 8, 8, 4) and batch["prompt"]["text"].shape == (256, 12, 32)
+    assert all(array.dtype == np.float32 for array in jax.tree.leaves(batch))
     assert abs(batch["latents"].mean()) < 0.1 and abs(batch["latents"].std() - 1) < 0.1
 
 
@@ -58,8 +57,8 @@ def test_latents_and_text_belong_together():
     source = pipeline.make_source(config())
     clips = {CODEC.encode(None, source[i]["video"][None]).tobytes(): source[i]["prompt"] for i in range(64)}
     for batch in take(stream(), 4):
-        for latents, text in zip(batch["latents"], batch["text"]):
-            np.testing.assert_array_equal(text, WORDS([clips[latents.tobytes()]])[0])
+        for latents, text in zip(batch["latents"], batch["prompt"]["text"]):
+            np.testing.assert_array_equal(text, WORDS([clips[latents.tobytes()]])["text"][0])
 
 
 def test_same_seed_same_batches_whatever_the_threads():
@@ -98,7 +97,7 @@ def test_processes_read_their_rows_of_the_one_batch(parts):
     whole = take(stream(config(batch_size=8)), 20)  # more than one epoch
     for part in parts:
         its = take(stream(config(batch_size=8), rows=part), 20)
-        assert_same([{name: x[list(part)] for name, x in batch.items()} for batch in whole], its)
+        assert_same([jax.tree.map(lambda x, part=part: x[list(part)], batch) for batch in whole], its)
 
 
 def test_processes_give_the_same_batches_and_resume():
@@ -127,7 +126,7 @@ def cpu_seconds(run):
 def test_costs_little_beside_a_training_step():
     """One twentieth of what a step's products of matrices alone would take on the same machine, both in CPU time."""
     c = get_config("tf")
-    network = jax.eval_shape(build.network(c).init, jax.random.key(0))
+    network = jax.eval_shape(recipes.student(c).init, jax.random.key(0))
     size = sum(x.size for x in jax.tree.leaves(network["blocks"]) if x.ndim == 3)
     tokens = c.data.batch_size * 2 * c.data.frames * 4  # of the clip and of its clean context
     a, b = np.ones((2048, 192), np.float32), np.ones((192, 512), np.float32)

@@ -11,6 +11,7 @@ from PIL import Image
 from crcm_jax.data import pipeline
 from crcm_jax.data.tfds_source import TfdsSource
 from crcm_jax.errors import UserError
+from crcm_jax.models.text.embedded import Embedded
 from crcm_jax.models.text.words import WordEncoder
 from crcm_jax.models.vae.pixels import PixelCodec
 
@@ -116,9 +117,9 @@ def test_slice_of_a_split(data_dir):
 
 def test_through_the_pipeline(data_dir):
     c = ConfigDict(dict(data=config(data_dir, text="side", frames=5)))
-    batches = pipeline.make(c, codec=PixelCodec(patch=4, channels=3), text_encoder=WordEncoder())
+    batches = pipeline.make(c, codec=PixelCodec(patch=4, channels=3), text_encoder=Embedded(WordEncoder()))
     batch = next(iter(batches))
-    assert batch["latents"].shape == (4, 5, 5, 6, 48) and batch["text"].shape == (4, 12, 32)
+    assert batch["latents"].shape == (4, 5, 5, 6, 48) and batch["prompt"]["text"].shape == (4, 12, 32)
 
 
 @pytest.mark.parametrize(

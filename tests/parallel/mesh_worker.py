@@ -18,17 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crcm_jax import build
+from crcm_jax import parts, recipes
 from crcm_jax.configs.digits import TRAINING, get_config
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import rules
-from crcm_jax.sampling.schedule import StepPlan
-from crcm_jax.sampling.stream import Few, generate
+from crcm_jax.parallel.rules import Layout, device_bytes
+from crcm_jax.sampling import ContextRule, Few, Schedule, generate
 from crcm_jax.train import state as states
 from crcm_jax.train.optimizer import Optimizer
 from crcm_jax.train.state import TrainState
-from crcm_jax.train.step import make_steps
+from crcm_jax.train.step import Frozen, make_steps
 
 MESHES = {
     "data 8": {"data": 8},
@@ -73,14 +73,14 @@ def random_like(tree, seed: int):
 
 def batch_of(c, seed: int = 5):
     rng = np.random.default_rng(seed)
-    shape = build.codec(c).latent_shape(c.data.frames, c.data.height, c.data.width)
     size = c.data.batch_size
-    latents = rng.normal(size=(size, *shape)).astype(np.float32)
-    return {"latents": latents, "text": rng.normal(size=(size, c.text.length, c.text.dim)).astype(np.float32)}
+    latents = rng.normal(size=(size, *parts.latent_shape(c))).astype(np.float32)
+    text = rng.normal(size=(size, c.text.length, c.text.dim)).astype(np.float32)
+    return {"latents": latents, "prompt": {"text": text}}
 
 
-def place(tree, mesh):
-    return jax.device_put(tree, rules.shardings(tree, mesh))
+def place(tree, mesh, table):
+    return jax.device_put(tree, Layout(mesh, table).shardings(tree))
 
 
 class Players(NamedTuple):
@@ -89,31 +89,32 @@ class Players(NamedTuple):
     steps: dict
     fresh: Callable
     """Makes the state that both start from, as it lies before every step."""
-    others: dict
+    frozen: Frozen
     lies: TrainState
 
 
 def compiled(c, players) -> Players:
     """The steps of those `players` on `c.mesh`."""
     mesh = meshes.make(c)
-    algorithm = rules.cut_gradients(build.algorithm(c, mesh), mesh)
-    optimizers = Optimizer.from_config(c.optim), Optimizer.from_config(c.critic_optim)
-    student, critic, *read = (
-        random_like(jax.eval_shape(build.network(c, role).init, jax.random.key(0)), seed)
-        for seed, role in enumerate(("student", "critic", *algorithm.reads))
-    )
-    others = {"uncond": np.zeros((1, c.text.length, c.text.dim), np.float32), **dict(zip(algorithm.reads, read))}
-    others = place(others, mesh)
+    training = recipes.make(c, mesh)
+    optimizers = {name: Optimizer.from_config(c[player.optim]) for name, player in training.players.items()}
+    weights = {
+        role: random_like(jax.eval_shape(network.init, jax.random.key(0)), seed)
+        for seed, (role, network) in enumerate(training.networks.items())
+    }
+    frozen = place({role: weights[role] for role in training.reads}, mesh, training.rules)
+    uncond = Condition({"text": np.zeros((1, c.text.length, c.text.dim), np.float32)})
+    frozen = Frozen(frozen, meshes.everywhere(uncond, mesh))
 
     def create():
-        return states.create(student, optimizers[0], None if algorithm.critic is None else critic, optimizers[1])
+        return states.create({name: weights[name] for name in training.players}, training.players, optimizers)
 
-    like = rules.abstract(jax.eval_shape(create), mesh)
+    like = Layout(mesh, training.rules).abstract(jax.eval_shape(create))
     lies = jax.tree.map(lambda x: x.sharding, like)
-    steps = zip(("student", "critic"), make_steps(algorithm, *optimizers, shardings=lies))
+    steps = make_steps(training, optimizers, shardings=lies)
     batch = jax.device_put(batch_of(c), meshes.samples(mesh))
-    programs = {name: step.lower(like, others, batch).compile() for name, step in steps if step and name in players}
-    return Players(programs, lambda: jax.device_put(create(), lies), others, lies)
+    programs = {name: step.lower(like, frozen, batch).compile() for name, step in steps.items() if name in players}
+    return Players(programs, lambda: jax.device_put(create(), lies), frozen, lies)
 
 
 def run(c, players, *batches):
@@ -124,14 +125,14 @@ def run(c, players, *batches):
     for batch in batches:
         results.append({})
         for name, step in players.steps.items():
-            now, metrics = step(players.fresh(), players.others, jax.device_put(batch, meshes.samples(mesh)))
+            now, metrics = step(players.fresh(), players.frozen, jax.device_put(batch, meshes.samples(mesh)))
             kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), now, players.lies)
             assert all(jax.tree.leaves(kept)), "a step changed how the state lies"
-            opt, b1 = (now.opt, c.optim.b1) if name == "student" else (now.critic_opt, c.critic_optim.b1)
-            moments = next(part for part in opt.adam if hasattr(part, "mu"))
+            section = c.optim if name == "student" else c.critic_optim
+            moments, b1 = next(part for part in now.players[name].opt.adam if hasattr(part, "mu")), section.b1
             gradient = jax.tree.map(lambda g, b1=b1: np.asarray(g) / (1 - b1), moments.mu)
             results[-1][name] = jax.tree.map(np.asarray, metrics), gradient
-    return results, rules.device_bytes(now) / sum(x.nbytes for x in jax.tree.leaves(now))
+    return results, device_bytes(now) / sum(x.nbytes for x in jax.tree.leaves(now))
 
 
 def differences(a, b):
@@ -149,7 +150,7 @@ def compare(training: str, names, players=("student", "critic")):
     c = config(training, {})
     batch = batch_of(c)
     # The comparison must see a wrong answer: one sample of eight in another's place.
-    wrong = {name: x[[1, *range(1, 8)]] for name, x in batch.items()}
+    wrong = jax.tree.map(lambda x: x[[1, *range(1, 8)]], batch)
     (expected, other), _ = run(c, players, batch, wrong)
     yield f"{training} power", differences(other, expected)
     for name in names:
@@ -163,16 +164,14 @@ def streaming():
     for mesh in ({}, MESHES["fsdp 2 × context 2 × tensor 2"]):
         c = config("tf", mesh, **{"data.batch_size": 2})
         mesh = meshes.make(c)
-        network = build.network(c, mesh=mesh)
-        params = place(random_like(jax.eval_shape(network.init, jax.random.key(0)), 0), mesh)
+        network = recipes.student(c, mesh)
+        params = random_like(jax.eval_shape(network.init, jax.random.key(0)), 0)
+        model = Bound(network, place(params, mesh, network.rules))
         batch = batch_of(c)
-        plan = StepPlan((2,), ((5 / 6,),), noisy_context=True, context_start=1)
-        clips.append(
-            generate(
-                network, params, Condition(batch["text"]), jax.random.key(1), shape=batch["latents"].shape,
-                chunks=build.chunk_pattern(c), solver=Few(plan), uncond=Condition(batch["text"] * 0), guidance=2.0,
-            )
-        )  # fmt: skip
+        cond = Condition(batch["prompt"])
+        options = {"uncond": jax.tree.map(np.zeros_like, cond), "guidance": 2.0, "shape": batch["latents"].shape}
+        solver = Few(Schedule((2,), ((5 / 6,),)), ContextRule(noisy=True, start=1))
+        clips.append(generate(model, cond, jax.random.key(1), solver=solver, **options))
     one, many = (np.asarray(clip) for clip in clips)
     return float(np.abs(many - one).max() / np.abs(one).max())
 
@@ -189,15 +188,15 @@ def gathered(mesh: str, placed: bool = True) -> int:
     """
     c = wide(MESHES[mesh])
     mesh = meshes.make(c)
-    network = build.network(c, mesh=mesh if placed else None)
-    params = rules.abstract(jax.eval_shape(network.init, jax.random.key(0)), mesh)
+    network = recipes.student(c, mesh if placed else None)
+    params = Layout(mesh, network.rules).abstract(jax.eval_shape(network.init, jax.random.key(0)))
     batch = jax.device_put(batch_of(c), meshes.samples(mesh))
 
-    def loss(params, x, text):
-        return jnp.mean(jnp.square(network.velocity(params, x, x[:, :1, 0, 0, 0], Condition(text)) - x))
+    def loss(params, x, prompt):
+        return jnp.mean(jnp.square(Bound(network, params).velocity(x, x[:, :1, 0, 0, 0], Condition(prompt)) - x))
 
     gradient = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda x: x.sharding, params))
-    program = gradient.lower(params, batch["latents"], batch["text"]).compile().as_text()
+    program = gradient.lower(params, batch["latents"], batch["prompt"]).compile().as_text()
     shapes = re.findall(r" = f32\[([\d,]*)\]\S* all-gather\(", program)
     return max((math.prod(map(int, shape.split(","))) for shape in shapes if shape), default=0)
 
@@ -205,7 +204,7 @@ def gathered(mesh: str, placed: bool = True) -> int:
 def communication():
     """`gathered` on some meshes, beside the numbers in the largest matrix and in a batch of latents."""
     c = wide({})
-    weights = jax.tree.leaves(jax.eval_shape(build.network(c).init, jax.random.key(0)))
+    weights = jax.tree.leaves(jax.eval_shape(recipes.student(c).init, jax.random.key(0)))
     return {
         "matrix": max(math.prod(x.shape[-2:]) for x in weights),
         "latents": batch_of(c)["latents"].size,

@@ -12,11 +12,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from crcm_jax import build
+from crcm_jax import recipes
 from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError
+from crcm_jax.models.wan.rules import RULES
 from crcm_jax.parallel import mesh as meshes
-from crcm_jax.parallel import plan, rules
+from crcm_jax.parallel import plan
+from crcm_jax.parallel.rules import Layout
 
 ROUNDING = 1e-5
 """Float32 sums of some thousand terms in another order: 4e-6 was the most seen; an exchanged sample is 1e-1."""
@@ -111,10 +113,11 @@ def mesh():
 
 
 def test_every_large_leaf_is_cut_wherever_it_lies(mesh):
-    shapes = jax.eval_shape(build.network(config()).init, jax.random.key(0))
-    tree = {"opt": {"mu": shapes}, "teacher": shapes}
-    cut = rules.shardings(tree, mesh)
-    assert cut["opt"]["mu"] == cut["teacher"]
+    network = recipes.student(config())
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    tree = {"players": {"student": {"opt": {"mu": shapes}}}, "teacher": shapes}
+    cut = Layout(mesh, network.rules).shardings(tree)
+    assert cut["players"]["student"]["opt"]["mu"] == cut["teacher"]
     assert cut["teacher"]["blocks"]["self_attn"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
     assert cut["teacher"]["blocks"]["ffn"]["down"]["kernel"].spec == P(None, "tensor", "fsdp")
     for leaf, sharding in zip(jax.tree.leaves(shapes["blocks"]), jax.tree.leaves(cut["teacher"]["blocks"])):
@@ -125,7 +128,7 @@ def test_every_large_leaf_is_cut_wherever_it_lies(mesh):
 def test_what_does_not_divide_stays_whole_and_is_said(mesh):
     said = []
     tree = {"blocks": {"ffn": {"up": {"kernel": jax.ShapeDtypeStruct((2, 6, 8), np.float32)}}}}
-    cut = rules.shardings(tree, mesh, said.append)
+    cut = Layout(mesh, RULES).shardings(tree, said.append)
     assert cut["blocks"]["ffn"]["up"]["kernel"].spec == P(None, None, "tensor")
     assert said == ["replicated: blocks/ffn/up/kernel [2, 6, 8]: 6 does not divide over fsdp = 4"]
 

@@ -5,13 +5,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from crcm_jax.parallel import rules
+from crcm_jax.models.wan.rules import RULES
 from crcm_jax.parallel.mesh import AXES
 from crcm_jax.parallel.placement import ALIGNED, ONE_DEVICE, Placement
+from crcm_jax.parallel.rules import Layout
 
 
 def mesh(**lengths):
     return jax.sharding.AbstractMesh(tuple(lengths.get(axis, 1) for axis in AXES), AXES)
+
+
+def layout(**lengths):
+    return Layout(mesh(**lengths), RULES)
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])
@@ -30,31 +35,33 @@ def test_whole_frames_are_not_filled():
 
 NAME, SHAPE = "blocks/ffn/up/kernel", (2, 128, 24)
 SPECS = {
-    "params": P(None, "fsdp", "tensor"),
-    "others": P(None, "fsdp", "tensor"),
-    "ema": P(None, ("fsdp", "context"), "tensor"),
-    "opt/adam/0/mu": P(None, ("fsdp", "context"), "tensor"),
-    "critic_opt/master": P(None, ("fsdp", "context"), "tensor"),
+    "players/student/params": P(None, "fsdp", "tensor"),
+    "players/critic/params": P(None, "fsdp", "tensor"),
+    "teacher": P(None, "fsdp", "tensor"),
+    "players/student/averages/ema": P(None, ("fsdp", "context"), "tensor"),
+    "players/student/opt/adam/0/mu": P(None, ("fsdp", "context"), "tensor"),
+    "players/critic/opt/master": P(None, ("fsdp", "context"), "tensor"),
 }
 
 
 @pytest.mark.parametrize("tree, cut", SPECS.items())
 def test_what_only_an_update_reads_is_cut_over_context_too(tree, cut):
-    assert rules.spec(f"{tree}/{NAME}", SHAPE, mesh(fsdp=4, context=2, tensor=2)) == (cut, None)
+    assert layout(fsdp=4, context=2, tensor=2).spec(f"{tree}/{NAME}", SHAPE) == (cut, None)
 
 
 def test_context_cuts_what_an_update_reads_without_fsdp_and_into_whole_tiles():
-    assert rules.spec(f"ema/{NAME}", SHAPE, mesh(context=4))[0] == P(None, "context", None)
-    assert rules.spec(f"ema/{NAME}", SHAPE, mesh(fsdp=4, context=4)) == (P(None, "fsdp", None), None)
-    assert rules.spec(f"ema/{NAME}", SHAPE, mesh(fsdp=16, context=3)) == (P(None, "fsdp", None), None)
-    assert rules.spec(NAME, SHAPE, mesh(context=4), pieces=True)[0] == P(None, "context", None)
+    average = f"players/student/averages/ema/{NAME}"
+    assert layout(context=4).spec(average, SHAPE)[0] == P(None, "context", None)
+    assert layout(fsdp=4, context=4).spec(average, SHAPE) == (P(None, "fsdp", None), None)
+    assert layout(fsdp=16, context=3).spec(average, SHAPE) == (P(None, "fsdp", None), None)
+    assert layout(context=4).spec(NAME, SHAPE, pieces=True)[0] == P(None, "context", None)
 
 
 def test_gradients_leave_a_layer_in_pieces():
     placement = Placement(mesh(fsdp=2, context=2))
 
     def loss(params, x):
-        return (x @ placement.gather(params, "blocks/0")["ffn"]["up"]["kernel"]).sum()
+        return (x @ placement.gather(params, "blocks/0", RULES)["ffn"]["up"]["kernel"]).sum()
 
     params = {"ffn": {"up": {"kernel": jax.ShapeDtypeStruct(SHAPE[1:], np.float32)}}}
     program = str(jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((4, 128), np.float32)))

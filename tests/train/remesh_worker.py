@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from crcm_jax import build
+from crcm_jax import recipes
 from crcm_jax.configs.digits import get_config
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import rules
@@ -37,11 +37,13 @@ def config(mesh):
 
 def shapes(c, mesh):
     """The state of a run on that mesh, as shapes and shardings."""
-    optimizer, critic_optimizer = Optimizer.from_config(c.optim), Optimizer.from_config(c.critic_optim)
-    tree = jax.eval_shape(build.network(c).init, jax.random.key(0))
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16"), tree)  # with float32 master weights
-    state = jax.eval_shape(lambda a, b: states.create(a, optimizer, b, critic_optimizer), tree, tree)
-    return rules.abstract(state, mesh)
+    training = recipes.make(c, mesh)
+    players = training.players
+    optimizers = {name: Optimizer.from_config(c[player.optim]) for name, player in players.items()}
+    params = {name: jax.eval_shape(training.networks[name].init, jax.random.key(0)) for name in players}
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16"), params)  # with float32 master weights
+    state = jax.eval_shape(lambda params: states.create(params, players, optimizers), params)
+    return rules.Layout(mesh, training.rules).abstract(state)
 
 
 def main(workdir):

@@ -104,7 +104,9 @@ def test_a_real_run_goes_on_elsewhere_as_if_nothing_had_changed(tmp_path):
     assert together.difference(many, one) < ROUNDING
     assert files_of(tmp_path / "many")[2] == files_of(tmp_path / "one")[2]
     # It is no agreement of runs that learnt nothing.
-    before = {f"params/{name}": np.asarray(leaf) for name, leaf in storage.leaves(load_params(tmp_path / "student"))}
+    before = {
+        f"student.params/{name}": np.asarray(leaf) for name, leaf in storage.leaves(load_params(tmp_path / "student"))
+    }
     assert together.difference({name: one[name] for name in before}, before) > 100 * ROUNDING
 
 

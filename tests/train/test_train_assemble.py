@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crcm_jax import build
+from crcm_jax import recipes
 from crcm_jax.configs.digits import get_config
 from crcm_jax.errors import UsageError, UserError
+from crcm_jax.models.base import Condition
 from crcm_jax.train import assemble
 from crcm_jax.train.checkpoint import save_params
 
@@ -21,7 +22,8 @@ def config(training, **changes):
 
 
 def initial(c):
-    return assemble.initial(c, build.algorithm(c), np.zeros((1, 12, 32), np.float32))
+    uncond = Condition({"text": np.zeros((1, 12, 32), np.float32)})
+    return assemble.initial(c, recipes.make(c), uncond)
 
 
 @pytest.fixture(scope="module")
@@ -29,28 +31,30 @@ def stages(tmp_path_factory):
     """One weights-only checkpoint a training type, each with weights of its own."""
     folder = tmp_path_factory.mktemp("stages")
     for seed, training in enumerate(("bidirectional", "tf", "tf_scm")):
-        params = build.network(config(training)).init(jax.random.key(seed))
+        params = recipes.student(config(training)).init(jax.random.key(seed))
         save_params(folder / training, params, {"training": training})
     return folder
 
 
 def test_a_student_without_a_path_is_random_but_seeded():
     a, b, c = initial(config("tf")), initial(config("tf")), initial(config("tf", seed=1))
-    leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(i.student)]) for i in (a, b, c)]
+    leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(i.players["student"])]) for i in (a, b, c)]
     np.testing.assert_array_equal(leaves[0], leaves[1])
     assert np.abs(leaves[0] - leaves[2]).max() > 1e-3
-    assert a.critic is None and set(a.others) == {"uncond"}
+    assert set(a.players) == {"student"} and a.frozen.params == {}
+    assert a.frozen.uncond.prompt["text"].shape == (1, 12, 32)
 
 
 def test_every_role_gets_its_own_weights(stages):
     paths = {"init.student": str(stages / "tf_scm"), "init.real": str(stages / "bidirectional")}
     start = initial(config("sf_dmd", **paths, param_dtype="bfloat16"))
-    assert set(start.others) == {"uncond", "real"}
-    for tree in (start.student, start.critic, start.others["real"]):
+    assert set(start.frozen.params) == {"real"} and set(start.players) == {"student", "critic"}
+    student, critic, real = start.players["student"], start.players["critic"], start.frozen.params["real"]
+    for tree in (student, critic, real):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
     # the critic starts as the real score
-    jax.tree.map(np.testing.assert_array_equal, start.critic, start.others["real"])
-    student, real = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (start.student, start.critic))
+    jax.tree.map(np.testing.assert_array_equal, critic, real)
+    student, real = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (student, critic))
     assert np.abs(student.astype(np.float32) - real.astype(np.float32)).max() > 1e-3
 
 

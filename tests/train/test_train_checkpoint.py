@@ -22,9 +22,13 @@ OPTIMIZER = Optimizer(lr=1e-2)
 
 
 def make_state(dtype=jnp.float32, iteration=0, critic=True):
-    other = fakes.init_params(1, dtype) if critic else None
-    now = state.create(fakes.init_params(0, dtype), OPTIMIZER, other, OPTIMIZER)
-    return now.replace(progress=now.progress._replace(iteration=jnp.int32(iteration)))
+    params = {"student": fakes.init_params(0, dtype)} | ({"critic": fakes.init_params(1, dtype)} if critic else {})
+    return create(params).replace(iteration=jnp.int32(iteration))
+
+
+def create(params):
+    players = {name: fakes.training().players[name] for name in params}
+    return state.create(params, players, dict.fromkeys(params, OPTIMIZER))
 
 
 def save(workdir, *iterations, keep=5, **kinds):
@@ -83,7 +87,7 @@ def test_everything_comes_back(tmp_path, dtype, critic):
 def test_saving_is_not_disturbed_by_donation(tmp_path):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0)
     big = {"w": jnp.arange(3_000_000, dtype=jnp.float32)}
-    now = state.create(big, OPTIMIZER)
+    now = create({"student": big})
     checkpoints = Checkpoints(tmp_path, fakes.config())
     checkpoints.save(now, None, {})
     for _ in range(3):
@@ -111,17 +115,17 @@ def flip(path):
     "harm, words",
     [
         (lambda f: truncate(largest_file(f / "state")), "bytes in state/"),
-        (lambda f: flip(largest_file(f / "state" / "ema")), "has altered bytes in state/ema"),
+        (lambda f: flip(largest_file(f / "state" / "student.ema")), "has altered bytes in state/student.ema"),
         (lambda f: flip(f / "meta.json"), "has altered bytes in meta.json"),
         (lambda f: (f / "data.json").unlink(), "lacks data.json"),
-        (lambda f: shutil.rmtree(f / "state" / "opt"), "lacks state/opt"),
+        (lambda f: shutil.rmtree(f / "state" / "student.opt"), "lacks state/student.opt"),
         (lambda f: truncate(f / manifest.NAME), "unreadable manifest.json"),
     ],
 )
 def test_damage_is_told_and_the_one_before_is_used(workdir, capsys, harm, words):
     harm(folder(workdir, 8))
     back, data, _ = restore(workdir)
-    assert int(back.progress.iteration) == 4 and data == {"position": 4}
+    assert int(back.iteration) == 4 and data == {"position": 4}
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "000000008" in told and words in told and "going back" in told
 
@@ -130,7 +134,7 @@ def test_a_half_written_one_is_passed_over_and_later_cleared(workdir):
     (folder(workdir, 8) / manifest.NAME).unlink()
     (folder(workdir, 9)).mkdir()
     checkpoints = Checkpoints(workdir, fakes.config(), keep=2)
-    assert int(checkpoints.restore(make_state())[0].progress.iteration) == 4
+    assert int(checkpoints.restore(make_state())[0].iteration) == 4
     checkpoints.save(make_state(iteration=6), {}, {})
     checkpoints.close()
     assert [path.name for path in storage.candidates(workdir / storage.FOLDER)] == ["000000006", "000000004"]
@@ -161,11 +165,13 @@ def test_no_finished_save_means_a_fresh_start(tmp_path):
 def test_restore_refuses_another_type_or_architecture(workdir):
     with pytest.raises(UserError, match="training type 'sf_dmd', this run is 'tf'"):
         restore(workdir, config=fakes.config(training="tf"))
-    wide = state.create(fakes.init_params(width=5), OPTIMIZER, fakes.init_params(), OPTIMIZER)
-    with pytest.raises(UserError, match=r"params: layer/b has shape \[4\] there and \[5\] in this model"):
+    wide = create({"student": fakes.init_params(width=5), "critic": fakes.init_params()})
+    with pytest.raises(
+        UserError, match=r"architecture: student\.params: layer/b has shape \[4\] there and \[5\] in this model"
+    ):
         restore(workdir, wide)
     half = make_state(jnp.bfloat16)
-    with pytest.raises(UserError, match="opt: it lacks master/layer/b"):
+    with pytest.raises(UserError, match=r"student\.opt: it lacks master/layer/b"):
         restore(workdir, half)
 
 
@@ -174,8 +180,8 @@ def test_restore_refuses_another_type_or_architecture(workdir):
 
 @pytest.mark.parametrize("which", ["ema", "params", "critic"])
 def test_weights_from_workdir_and_folder(saved, which):
-    now = make_state()
-    want = getattr(now, which)
+    student, critic = (make_state().players[name] for name in ("student", "critic"))
+    want = {"ema": student.averages["ema"], "params": student.params, "critic": critic.params}[which]
     assert_equal(load_params(saved, which), want)
     assert_equal(load_params(folder(saved, 4), which, expect=want), want)
     half = load_params(saved, which, expect=want, dtype=jnp.bfloat16)
@@ -218,7 +224,7 @@ def test_weights_alone_go_the_same_way(tmp_path, name, dtype):
 def test_relative_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(Path("run"), 4)
-    assert int(restore(Path("run"))[0].progress.iteration) == 4
+    assert int(restore(Path("run"))[0].iteration) == 4
     save_params("teacher", fakes.init_params(), {})
     for path in ("run", "run/checkpoints/000000004", "teacher"):
         assert_equal(load_params(path, "params"), fakes.init_params())
@@ -254,9 +260,8 @@ def test_architecture_is_compared_leaf_by_leaf(saved):
         load_params(saved, expect={"layer": stored["layer"] | {"scale": jnp.ones(3)}})
     with pytest.raises(UserError, match=r"layer/b of shape \[4\] has no place in this model"):
         load_params(saved, expect={"layer": {"w": stored["layer"]["w"]}})
-    with pytest.raises(
-        UserError, match="holds no 'teacher' weights, only counters, critic, critic_opt, ema, opt, params"
-    ):
+    trees = r"counters, critic\.opt, critic\.params, student\.ema, student\.opt, student\.params"
+    with pytest.raises(UserError, match=f"holds no 'teacher' weights, only {trees}"):
         load_params(saved, "teacher")
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny as weights
 
 from crcm_jax import __main__ as program
-from crcm_jax import build
+from crcm_jax import parts, recipes
 from crcm_jax.configs.wan2_1 import get_config
 from crcm_jax.data import tensor_file
 from crcm_jax.errors import UsageError, UserError
@@ -62,7 +62,7 @@ def test_a_run_from_latents_learns_resumes_and_counts_what_is_damaged(folder, tm
     assert [line["iteration"] for line in before] == [1, 2]
     assert all(np.isfinite(line["student/loss"]) and line["student/grad_norm"] > 0 for line in before)
     assert all(line["student/damaged_examples"] == 0 for line in before)
-    start = build.network(tiny("tf", folder)).init(jax.random.key(0))
+    start = recipes.student(tiny("tf", folder)).init(jax.random.key(0))
     learnt = load_params(tmp_path / "run", "params", expect=start)
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(learnt))) > 0
     # one of six is damaged, and the set moved, while the run rests: it goes on and says so
@@ -74,21 +74,29 @@ def test_a_run_from_latents_learns_resumes_and_counts_what_is_damaged(folder, tm
     assert sum(line["student/damaged_examples"] for line in after) >= 1
 
 
+def negative(c, encoder=None):
+    """The negative prompt's embedding, as a run of `c` takes it."""
+    found = encoders.negative_prompt(c, encoder, needed=recipes.of(c).guided(c))
+    assert set(found.prompt) == {"text"} and not found.frames and found.given is None
+    return found.prompt["text"]
+
+
 def test_what_guidance_leads_away_from(folder, tmp_path):
     embedding = np.random.default_rng(0).standard_normal((5, 8)).astype(ml_dtypes.bfloat16)
     file = tmp_path / "negative.pt"
     for array in (embedding, embedding[None]):
         file.write_bytes(tensor_file.dumps(array))
-        found = encoders.negative_embedding(tiny("tf_scm", folder, **{"init.uncond": str(file)}), None)
+        found = negative(tiny("tf_scm", folder, **{"init.uncond": str(file)}))
         assert found.shape == (1, 6, 8) and found.dtype == np.float32
         np.testing.assert_array_equal(found[0, :5], embedding.astype(np.float32))
         assert (found[0, 5:] == 0).all()
     # without dropped prompts the diffusion stages never look at it
-    assert not encoders.negative_embedding(tiny("df", folder), None).any()
+    unseen = negative(tiny("df", folder))
+    assert unseen.shape == (1, 6, 8) and not unseen.any()
     # a text file is encoded, by the run's encoder if it has one
     (tmp_path / "negative.txt").write_text("worst quality\n")
     c = tiny("tf_scm", folder, **{"init.uncond": str(tmp_path / "negative.txt")})
-    asked = encoders.negative_embedding(c, lambda prompts: np.full((1, 6, 8), len(prompts[0])))
+    asked = negative(c, lambda prompts: {"text": np.full((1, 6, 8), len(prompts[0]))})
     assert (asked == len("worst quality")).all()
     for changes, message in (
         ({"objective.prompt_dropout": 0.1}, r"training 'tf' needs --config\.init\.uncond.*crcm data embed"),
@@ -97,13 +105,13 @@ def test_what_guidance_leads_away_from(folder, tmp_path):
         ({"init.uncond": str(tmp_path / "negative.txt")}, r"--config\.text\.weights is missing"),
     ):
         with pytest.raises(UserError, match=message):
-            encoders.negative_embedding(tiny("tf", folder, **changes), None)
+            negative(tiny("tf", folder, **changes))
 
 
 def test_pixels_get_the_codecs_weights(folder, tmp_path):
     c = tiny("tf", folder, **{"data.name": "tfds"})
     c.codec.update({"encoder_dim": 4, "decoder_dim": 4})
-    vae = build.codec(c)
+    vae = parts.codec(c)
     params = weights.parameters(vae)
     save_params(tmp_path / "vae.safetensors", params, {})
     c.init.codec = str(tmp_path / "vae.safetensors")

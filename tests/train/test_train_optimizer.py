@@ -1,4 +1,4 @@
-"""AdamW against arithmetic written out by hand in float64, and the power-function EMA against its closed form."""
+"""AdamW against arithmetic written out by hand in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from crcm_jax.train import ema
 from crcm_jax.train.optimizer import Optimizer
 
 SETTINGS = {"lr": 3e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "warmup": 4, "grad_clip": 0.0}
@@ -87,37 +86,3 @@ def test_warm_up_starts_at_a_millionth_and_then_stays():
 def test_settings_come_from_the_config():
     section = ConfigDict({**SETTINGS, "accumulate": 4})
     assert Optimizer.from_config(section) == Optimizer(**SETTINGS)
-
-
-def test_exponent():
-    assert ema.exponent(0.1) == pytest.approx(6.9372, abs=5e-5)
-    for rate in (0.05, 0.2):
-        gamma = ema.exponent(rate)
-        # the defining property: the profile t^γ on [0, 1] has this standard deviation
-        assert np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) == pytest.approx(rate)
-    with pytest.raises(ValueError, match=r"ema\.rate 0\.5"):
-        ema.exponent(0.5)
-
-
-def test_average_is_the_closed_form():
-    """Unrolled, update k's parameters have weight (1 − β_k)·Π_{j>k} β_j = ((k+1)^(γ+1) − k^(γ+1)) / n^(γ+1)."""
-    gamma, n = ema.exponent(0.1), 40
-    values = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
-    average = {"x": jnp.full(3, 1e6)}
-    for i, value in enumerate(values):
-        average = ema.update(average, {"x": jnp.asarray(value)}, jnp.int32(i), gamma)
-    power = np.arange(n + 1, dtype=np.float64) ** (gamma + 1)
-    np.testing.assert_allclose(average["x"], np.diff(power) / power[-1] @ values, rtol=0, atol=2e-6)
-
-
-def test_average_reads_the_rounded_parameters():
-    params = {"x": jnp.asarray([1.001, 2.003], jnp.bfloat16)}
-    average = ema.update({"x": jnp.zeros(2)}, params, jnp.int32(0), 6.94)
-    assert average["x"].dtype == jnp.float32
-    np.testing.assert_array_equal(average["x"], params["x"].astype(jnp.float32))
-
-
-def test_late_updates_keep_their_digits():
-    gamma = ema.exponent(0.1)
-    exact = -np.expm1((gamma + 1) * np.log1p(-1.0 / 100_001))
-    assert float(ema.new_weight(jnp.int32(100_000), gamma)) == pytest.approx(exact, rel=1e-5)

@@ -19,10 +19,10 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from crcm_jax.errors import UserError
-from crcm_jax.objectives.algorithm import Algorithm, gradient_of
 from crcm_jax.saving import manifest, storage
 from crcm_jax.train import loop
 from crcm_jax.train.checkpoint import Checkpoints, load_params
+from crcm_jax.train.step import Frozen
 
 
 def start(workdir, *words, **options) -> subprocess.Popen:
@@ -104,7 +104,7 @@ def test_a_finished_run_does_nothing_more(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     before = files_of(tmp_path / "run")
     now = fakes.train(tmp_path / "run", **{"train.steps": 30})
-    assert int(now.progress.iteration) == 30 and files_of(tmp_path / "run") == before
+    assert int(now.iteration) == 30 and files_of(tmp_path / "run") == before
 
 
 def test_kills_at_any_moment_lose_nothing(finished, tmp_path):
@@ -145,7 +145,7 @@ def test_a_signal_saves_and_ends_the_run_in_peace(finished, tmp_path, capsys, nu
 
     options, handler = {"train.steps": 30, "train.save_every": 1000}, signal.getsignal(number)
     now = fakes.train(tmp_path / "run", Interrupting(), **options)
-    assert int(now.progress.iteration) == 8  # the step under way was finished, no other begun
+    assert int(now.iteration) == 8  # the step under way was finished, no other begun
     assert "\ncrcm: stopping: finishing the step and saving\n" in capsys.readouterr().err
     assert signal.getsignal(number) == handler
     assert storage.newest_whole(tmp_path / "run" / storage.FOLDER).name == "000000008"
@@ -191,7 +191,7 @@ def test_two_bad_iterations_do_not(tmp_path):
             return batch
 
     now = fakes.train(tmp_path / "run", Brief())
-    assert int(now.progress.iteration) == 12 and int(now.skipped_updates) == 2 and int(now.bad_samples) == 8
+    assert int(now.iteration) == 12 and int(now.skipped_updates) == 2 and int(now.bad_samples) == 8
 
 
 def tmpfs(tmp_path):
@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(tmp_path):
     left = tmp_path / "left"
     assert int(storage.newest_whole(left / storage.FOLDER).name) == 8
     # With space again, the same command goes on.
-    assert int(fakes.train(left, **{"train.steps": 30}).progress.iteration) == 30
+    assert int(fakes.train(left, **{"train.steps": 30}).iteration) == 30
 
 
 def test_a_save_that_fails_names_what_is_left(tmp_path, monkeypatch):
@@ -243,7 +243,7 @@ def test_a_save_that_fails_names_what_is_left(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     assert [path.name for path in storage.candidates(tmp_path / "run" / storage.FOLDER)] == ["000000004"]
     monkeypatch.undo()
-    assert int(fakes.train(tmp_path / "run").progress.iteration) == 12
+    assert int(fakes.train(tmp_path / "run").iteration) == 12
 
 
 def test_a_failure_in_the_background_is_raised_too(tmp_path, monkeypatch):
@@ -277,23 +277,29 @@ def test_sampler_is_called_with_the_ema(tmp_path):
         seen.append((iteration, np.asarray(params["layer"]["w"]).copy()))
 
     config = fakes.config(**{"train.sample_every": 5})
-    parts = {"algorithm": fakes.algorithm(), "data": fakes.Data(), "init": fakes.initial()}
+    parts = {"training": fakes.training(), "data": fakes.Data(), "init": fakes.initial()}
     now = loop.run(config, tmp_path / "run", **parts, sampler=sampler)
     assert [iteration for iteration, _ in seen] == [5, 10]
-    np.testing.assert_array_equal(seen[1][1], now.ema["layer"]["w"])  # the student's last update was at iteration 10
+    ema = now.players["student"].averages["ema"]
+    np.testing.assert_array_equal(seen[1][1], ema["layer"]["w"])  # the student's last update was at iteration 10
 
 
 @pytest.mark.parametrize("lib", [np, jnp])
 def test_an_accidental_transfer_is_an_error(tmp_path, lib):
     """A tree left on the host would be sent to the device again in every step."""
 
-    def loss(params, others, batch, key, progress):
-        return jnp.sum(jnp.square(fakes.forward(params, batch["latents"]) - others["teacher"]), 1), {}
+    def loss(nets, batch, key, progress):
+        found = fakes.forward(nets["student"].params, batch["latents"])
+        return jnp.sum(jnp.square(found - nets["teacher"].params), 1), {}
 
-    options = {"algorithm": Algorithm(gradient_of(loss)), "data": fakes.Data()}
-    start = loop.Initial(fakes.init_params(), others={"teacher": lib.ones(fakes.DIM, np.float32)})
+    options = {"training": fakes.training_of({"student": loss}, reads=("teacher",)), "data": fakes.Data()}
+    frozen = Frozen({"teacher": lib.ones(fakes.DIM, np.float32)}, None)
+    start = loop.Initial({"student": fakes.init_params()}, frozen)
     if lib is jnp:
         loop.run(fakes.config(), tmp_path / "run", **options, init=start)
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        # One player: nobody else's updates are counted.
+        assert [line["student_updates"] for line in lines] == [3, 6, 9, 12] and "critic_updates" not in lines[0]
     else:
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             loop.run(fakes.config(), tmp_path / "run", **options, init=start)

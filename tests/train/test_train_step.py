@@ -1,6 +1,7 @@
 """One iteration: a bad sample costs only itself, accumulation is exact, each player keeps its own count."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +9,19 @@ import numpy as np
 import pytest
 import train_fakes as fakes
 
-from crcm_jax.objectives.algorithm import Algorithm, gradient_of
+from crcm_jax.aot import dumps
 from crcm_jax.train import state as state_lib
+from crcm_jax.train.checkpoint import trees_of
 from crcm_jax.train.optimizer import Optimizer
-from crcm_jax.train.step import make_steps, step_key
+from crcm_jax.train.step import Frozen, make_steps, step_key, step_name
 
 OPTIMIZER = Optimizer(lr=1e-2, warmup=0)
+NOTHING = Frozen({}, None)
 
 
-def weighted_loss(params, others, batch, key, progress):
+def weighted_loss(nets, batch, key, progress):
     """Depends on its own sample alone; `poison` makes a NaN *inside* the network, after parameters have acted."""
-    hidden = fakes.forward(params, batch["latents"])
+    hidden = fakes.forward(nets["student"].params, batch["latents"])
     hidden = hidden + jnp.sqrt(batch["poison"])[:, None] * hidden
     losses = jnp.sum(jnp.square(hidden - 1.0), 1)
     return losses, {"size": losses}
@@ -37,12 +40,21 @@ def take(batch, rows):
 
 @functools.cache
 def step_for(loss, accumulate=1):
-    return make_steps(Algorithm(gradient_of(loss)), OPTIMIZER, accumulate=accumulate)[0]
+    return make_steps(fakes.training_of({"student": loss}), {"student": OPTIMIZER}, accumulate=accumulate)["student"]
+
+
+def create(params=None, training=None, optimizers=None):
+    """The state before iteration 0, of a student alone unless told otherwise; `params` by player."""
+    training = training or fakes.training_of({"student": weighted_loss})
+    params = params or {"student": fakes.init_params()}
+    return state_lib.create(params, training.players, optimizers or dict.fromkeys(params, OPTIMIZER))
 
 
 def step_once(batch, loss=weighted_loss, accumulate=1, params=None):
+    """(the state after one iteration, the student's part of it, metrics)."""
     step = step_for(loss, accumulate)
-    return step(state_lib.create(params or fakes.init_params(), OPTIMIZER), {}, batch)
+    now, metrics = step(create(params and {"student": params}), NOTHING, batch)
+    return now, now.players["student"], metrics
 
 
 def assert_same(a, b, atol=1e-7):
@@ -60,91 +72,92 @@ def test_update_equals_the_update_without_the_bad_samples(bad, where):
     if where == "data":
         batch["latents"] = batch["latents"].at[jnp.asarray(bad), 0].set(jnp.inf)
     good = [row for row in range(6) if row not in bad]
-    guarded, metrics = step_once(batch)
-    clean, expected = step_once(take(make_batch(), good))
-    everyone, _ = step_once(make_batch())
+    now, guarded, metrics = step_once(batch)
+    _, clean, expected = step_once(take(make_batch(), good))
+    _, everyone, _ = step_once(make_batch())
     assert_same(guarded.params, clean.params)
     assert_same(guarded.opt, clean.opt)
-    assert_same(guarded.ema, clean.ema)
+    assert_same(guarded.averages["ema"], clean.averages["ema"])
     assert difference(guarded.opt.adam, everyone.opt.adam) > 1e-3  # the bad samples would have changed the update
     for name in ("loss", "size", "grad_norm"):
         assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
-    assert int(guarded.bad_samples) == int(metrics["bad_samples"]) == len(bad)
-    assert int(guarded.skipped_updates) == int(guarded.bad_streak) == 0
+    assert int(now.bad_samples) == int(metrics["bad_samples"]) == len(bad)
+    assert int(now.skipped_updates) == int(now.bad_streak) == 0
 
 
 def test_a_mask_on_the_loss_alone_would_not_do():
-    def masked(params, others, batch, key, progress):
-        losses, _ = weighted_loss(params, others, batch, key, progress)
+    def masked(nets, batch, key, progress):
+        losses, _ = weighted_loss(nets, batch, key, progress)
         return jnp.where(jnp.isfinite(losses), losses, 0.0), {}
 
-    after, metrics = step_once(make_batch(poison=[2]), masked)
-    assert int(metrics["skipped"]) == 1 and int(after.skipped_updates) == 1
+    now, _, metrics = step_once(make_batch(poison=[2]), masked)
+    assert int(metrics["skipped"]) == 1 and int(now.skipped_updates) == 1
 
 
 def test_all_bad_changes_nothing_and_counts():
-    params = fakes.init_params()
     step = step_for(weighted_loss)
-    now = state_lib.create(params, OPTIMIZER)
-    now, _ = step(now, {}, make_batch())
-    before = jax.tree.map(np.array, now)
+    now, _ = step(create(), NOTHING, make_batch())
+    before = jax.tree.map(np.array, now.players["student"])
     for streak in (1, 2):
-        now, metrics = step(now, {}, make_batch(poison=range(6)))
+        now, metrics = step(now, NOTHING, make_batch(poison=range(6)))
         assert int(now.bad_streak) == streak == int(metrics["bad_streak"])
-    for name in ("params", "ema", "opt"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(now, name), getattr(before, name))
+    student = now.players["student"]
+    for name in ("params", "averages", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(student, name), getattr(before, name))
     assert int(now.bad_samples) == 12 and int(now.skipped_updates) == 2
-    assert int(now.progress.iteration) == int(now.progress.student_updates) == 3  # phases follow the iteration
-    now, _ = step(now, {}, make_batch())
-    assert int(now.bad_streak) == 0 and int(now.opt.count) == 2
+    assert int(now.iteration) == int(student.updates) == 3  # phases follow the iteration
+    assert int(now.progress.iteration) == int(now.progress.updates["student"]) == 3
+    now, _ = step(now, NOTHING, make_batch())
+    assert int(now.bad_streak) == 0 and int(now.players["student"].opt.count) == 2
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update():
-    def kink(params, others, batch, key, progress):
+    def kink(nets, batch, key, progress):
         # value 0, derivative infinite
-        return jnp.sqrt(jnp.square(params["layer"]["w"][0])) * batch["latents"][:, 0], {}
+        return jnp.sqrt(jnp.square(nets["student"].params["layer"]["w"][0])) * batch["latents"][:, 0], {}
 
     params = {"layer": {"w": jnp.zeros(fakes.DIM), "b": jnp.ones(fakes.DIM)}}
-    after, metrics = step_once(make_batch(), kink, params=params)
+    now, after, metrics = step_once(make_batch(), kink, params=params)
     assert_same(after.params, params)
-    assert int(after.skipped_updates) == 1 and int(metrics["bad_samples"]) == 6
+    assert int(now.skipped_updates) == 1 and int(metrics["bad_samples"]) == 6
 
 
 def test_replacement_comes_from_a_good_sample():
     """A network that is NaN at zero input still yields the good samples' update."""
 
-    def picky(params, others, batch, key, progress):
+    def picky(nets, batch, key, progress):
         unit = batch["latents"] / jnp.linalg.norm(batch["latents"], axis=1, keepdims=True)
-        return jnp.sum(jnp.square(fakes.forward(params, unit) - 1), 1), {}
+        return jnp.sum(jnp.square(fakes.forward(nets["student"].params, unit) - 1), 1), {}
 
     batch = make_batch()
     batch["latents"] = batch["latents"].at[0].set(0.0)
-    guarded, _ = step_once(batch, picky)
-    clean, _ = step_once(take(make_batch(), range(1, 6)), picky)
+    _, guarded, _ = step_once(batch, picky)
+    _, clean, _ = step_once(take(make_batch(), range(1, 6)), picky)
     assert_same(guarded.params, clean.params)
 
 
 @pytest.mark.parametrize("poison", [(), (1,), (0, 3)], ids=["clean", "one bad", "a whole microbatch bad"])
 def test_accumulation_equals_the_big_batch(poison):
     # microbatches of 2 take every third sample: 0 and 3 make up the first
-    whole, one = step_once(make_batch(poison=poison))
-    parts, many = step_once(make_batch(poison=poison), accumulate=3)
+    _, whole, one = step_once(make_batch(poison=poison))
+    now, parts, many = step_once(make_batch(poison=poison), accumulate=3)
     assert_same(whole.params, parts.params)
     assert_same(whole.opt, parts.opt)
-    assert int(parts.bad_samples) == len(poison)
+    assert int(now.bad_samples) == len(poison)
     for name in ("loss", "grad_norm", "size"):
         assert float(one[name]) == pytest.approx(float(many[name]), rel=1e-5)
 
 
 def test_a_microbatch_with_a_bad_gradient_costs_only_itself():
-    def kink(params, others, batch, key, progress):
+    def kink(nets, batch, key, progress):
         # value 0 and derivative NaN for the poisoned sample, value 1 and derivative 0 for the others
+        params = nets["student"].params
         edge = jnp.sqrt(jnp.where(batch["poison"] < 0, jnp.square(params["layer"]["b"][0]), 1.0))
         return jnp.sum(jnp.square(params["layer"]["w"] * batch["latents"] - 1.0), 1) + edge, {}
 
     params = {"layer": {"w": jnp.ones(fakes.DIM), "b": jnp.zeros(fakes.DIM)}}
-    after, metrics = step_once(make_batch(poison=[1]), kink, accumulate=3, params=params)
-    clean, _ = step_once(take(make_batch(), [0, 2, 3, 5]), kink, params=params)
+    _, after, metrics = step_once(make_batch(poison=[1]), kink, accumulate=3, params=params)
+    _, clean, _ = step_once(take(make_batch(), [0, 2, 3, 5]), kink, params=params)
     assert_same(after.params, clean.params)
     assert difference(after.params, params) > 1e-3
     assert int(metrics["bad_samples"]) == 2 and int(metrics["skipped"]) == 0
@@ -167,31 +180,96 @@ def test_keys_differ_by_seed_purpose_iteration_and_microbatch():
     assert len(drawn) == len(arguments)
 
 
+def two_players(critic_optimizer=OPTIMIZER, **options):
+    """(training, a step for each player, the state before iteration 0)."""
+    training = fakes.training(**options)
+    optimizers = {"student": OPTIMIZER, "critic": critic_optimizer}
+    params = {"student": fakes.init_params(0), "critic": fakes.init_params(1)}
+    return training, make_steps(training, optimizers), create(params, training, optimizers)
+
+
+def moved(now, before):
+    """Which trees an iteration has changed, by name."""
+    trees, old = trees_of(now), trees_of(before)
+    return {name for name in trees if name != "counters" and difference(trees[name], old[name]) > 0}
+
+
 def test_players_take_turns_and_keep_their_own_counts():
-    algorithm = fakes.algorithm(freq=3)
-    critic_optimizer = Optimizer(lr=3e-2, warmup=4)
-    student_step, critic_step = make_steps(algorithm, OPTIMIZER, critic_optimizer)
-    now = state_lib.create(fakes.init_params(0), OPTIMIZER, fakes.init_params(1), critic_optimizer)
+    training, steps, now = two_players(Optimizer(lr=3e-2, warmup=4), freq=3)
     for iteration, batch in zip(range(8), fakes.Data()):
         before = jax.tree.map(np.array, now)
-        student = algorithm.is_student_phase(iteration)
-        assert student == (iteration % 3 == 0)
-        now, metrics = (student_step if student else critic_step)(now, {}, batch)
-        moved = {
-            name: difference(getattr(now, name), getattr(before, name)) > 0 for name in ("params", "ema", "critic")
-        }
-        assert moved == {"params": student, "ema": student, "critic": not student}
-        done = (int(now.progress.student_updates), int(now.progress.critic_updates))
-        assert done == algorithm.counts(iteration + 1) == (int(now.opt.count), int(now.critic_opt.count))
-        own = done[0] - 1 if student else done[1] - 1
-        rate = 1e-2 if student else 3e-2 * (1e-6 + (1 - 1e-6) * min(1, own / 4))
+        name = training.turns.player(iteration)
+        assert name == ("student" if iteration % 3 == 0 else "critic")
+        now, metrics = steps[name](now, NOTHING, batch)
+        own = {"student": {"student.params", "student.opt", "student.ema"}, "critic": {"critic.params", "critic.opt"}}
+        assert moved(now, before) == own[name]
+        done = {name: int(player.updates) for name, player in now.players.items()}
+        assert done == training.turns.counts(iteration + 1) and sum(done.values()) == int(now.iteration)
+        assert done == {name: int(player.opt.count) for name, player in now.players.items()}
+        assert done == {name: int(count) for name, count in now.progress.updates.items()}
+        rate = 1e-2 if name == "student" else 3e-2 * (1e-6 + (1 - 1e-6) * min(1, (done[name] - 1) / 4))
         assert float(metrics["lr"]) == pytest.approx(rate, rel=1e-5)
+
+
+def test_the_average_counts_its_players_own_updates_from_the_first():
+    """By hand: after one update the average is the parameters, after two the power law's mean of both, critic's turns
+    between them or not."""
+    _, steps, now = two_players()
+    data, seen = fakes.Data(), []
+    for name in ("critic", "student", "critic", "critic", "student", "critic"):
+        now, _ = steps[name](now, NOTHING, next(data))
+        if name == "student":
+            seen.append(jax.tree.map(np.array, now.players["student"].params))
+        student = now.players["student"]
+        assert int(student.updates) == len(seen)
+        if len(seen) == 1:
+            jax.tree.map(np.testing.assert_array_equal, student.averages["ema"], seen[0])
+    assert difference(seen[0], seen[1]) > 1e-3
+
+    def mixed(kept):
+        return jax.tree.map(lambda first, second: kept * first + (1 - kept) * second, *seen)
+
+    # At update 1 the older parameters keep (1 − 1/2)^(γ+1), γ + 1 = 7.9372 for a width of 0.1.
+    expected = mixed(0.5**7.9372)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), student.averages["ema"], expected)
+    # Power: an index that runs one late keeps the first, or (2/3)^(γ+1) of it.
+    for wrong in (1.0, (2 / 3) ** 7.9372):
+        assert difference(mixed(wrong), expected) > 1e-5
+
+
+def test_losses_read_players_and_their_averages():
+    def student(nets, batch, key, progress):
+        gap = fakes.forward(nets["student"].params, batch["latents"])
+        return jnp.sum(jnp.square(gap - fakes.forward(nets["student.ema"].params, batch["latents"]) - 1.0), 1), {}
+
+    _, after, _ = step_once(make_batch(), student)
+    # Away from the average, which does not move along: by Adam's whole first step.
+    start = fakes.init_params()["layer"]["b"]
+    np.testing.assert_allclose(after.params["layer"]["b"], start + 1e-2 * (1 - 0.01 * start), atol=1e-6)
+
+
+def test_metrics_are_numbers_of_the_batch_or_of_its_samples():
+    def loss(nets, batch, key, progress):
+        losses, _ = weighted_loss(nets, batch, key, progress)
+        return losses, {"latents": batch["latents"]}
+
+    with pytest.raises(ValueError, match=r"metric latents has shape \(6, 4\): give one number, or one a sample, \[6\]"):
+        step_once(make_batch(), loss)
+
+
+@pytest.mark.parametrize("name", ["student", "critic"])
+def test_programs_are_called_what_the_compilers_files_are_looked_for_by(name):
+    _, steps, now = two_players()
+    lowered = steps[name].lower(now, NOTHING, next(fakes.Data()))
+    module = re.search(r"module @(\w+)", lowered.as_text())[1]
+    assert re.search(dumps.options("", step_name(name))["xla_dump_hlo_module_re"], module), module
 
 
 def test_a_critic_that_starts_as_the_real_score_does_not_take_it_along():
     real = fakes.init_params(1)
-    now = state_lib.create(real, OPTIMIZER, real, OPTIMIZER)
-    _, critic_step = make_steps(fakes.algorithm(), OPTIMIZER, OPTIMIZER)
-    now, _ = critic_step(now, {"real": real}, next(fakes.Data()))
-    assert difference(now.critic, real) > 0  # and `real` can still be read: it was not donated
-    assert difference(now.params, real) == 0
+    training = fakes.training(reads=("real",))
+    optimizers = {"student": OPTIMIZER, "critic": OPTIMIZER}
+    now = create({"student": real, "critic": real}, training, optimizers)
+    now, _ = make_steps(training, optimizers)["critic"](now, Frozen({"real": real}, None), next(fakes.Data()))
+    assert difference(now.players["critic"].params, real) > 0  # and `real` can still be read: it was not donated
+    assert difference(now.players["student"].params, real) == 0

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from run_files import ROOT, arrays_of, environment
 
-from crcm_jax import build
+from crcm_jax import recipes
 from crcm_jax.configs.digits import get_config
 from crcm_jax.saving.weights import save_params
 from crcm_jax.train import assemble
@@ -64,7 +64,7 @@ def starting_weights(training: str, folder: Path) -> dict[str, object]:
         c = get_config(stage)
         c.update_from_flattened_dict(SIZES)
         rng = np.random.default_rng(seed)
-        shapes = jax.eval_shape(build.network(c).init, jax.random.key(0))
+        shapes = jax.eval_shape(recipes.student(c).init, jax.random.key(0))
         params = jax.tree.map(lambda x, rng=rng: (0.3 * rng.normal(size=x.shape)).astype(np.float32), shapes)
         save_params(folder / role, params, {"training": stage})
         settings[f"init.{role}"] = str(folder / role)

@@ -7,7 +7,9 @@ configuration: `delay` and `slow_save`, seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crcm_jax.cli.train import one_of_several, parse_processes
-from crcm_jax.objectives.algorithm import Algorithm, gradient_of
 from crcm_jax.parallel import mesh as meshes
 from crcm_jax.parallel import processes
+from crcm_jax.recipes.averages import Power
+from crcm_jax.recipes.base import LossFn, Player, Recipe, Role, Training, gradient_of
+from crcm_jax.recipes.turns import Alternate, Always, Turns
 from crcm_jax.train import loop
+from crcm_jax.train.step import Frozen
 
 DIM = 4
 
@@ -55,24 +60,56 @@ def noise_like(key, x):
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
 
 
-def student_loss(params, others, batch, key, progress):
-    x = batch["latents"] + 0.1 * noise_like(key, batch["latents"])
-    target = forward(others["critic"], x) + 0.01 * progress.student_updates
-    error = jnp.square(forward(params, x) - target)
-    return jnp.sum(error, 1), {"spread": jnp.std(error, 1), "rate": 1.0 * progress.student_updates}
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What trainers ask of a network beside losses: how a mesh cuts it."""
+
+    rules = ()
 
 
-def critic_loss(params, others, batch, key, progress):
+def student_loss(nets, batch, key, progress):
+    x, updates = batch["latents"] + 0.1 * noise_like(key, batch["latents"]), progress.updates["student"]
+    target = forward(nets["critic"].params, x) + 0.01 * updates
+    error = jnp.square(forward(nets["student"].params, x) - target)
+    return jnp.sum(error, 1), {"spread": jnp.std(error, 1), "rate": 1.0 * updates}
+
+
+def critic_loss(nets, batch, key, progress):
     x = batch["latents"] + noise_like(key, batch["latents"])
-    return jnp.sum(jnp.square(forward(params, x) - forward(others["student"], x) - x), 1), {}
+    return jnp.sum(jnp.square(forward(nets["critic"].params, x) - forward(nets["student"].params, x) - x), 1), {}
 
 
-def algorithm(freq: int = 3) -> Algorithm:
-    return Algorithm(gradient_of(student_loss), gradient_of(critic_loss), student_update_freq=freq)
+ALWAYS = Always()
+
+
+def training_of(
+    losses: Mapping[str, LossFn], turns: Turns = ALWAYS, reads: tuple[str, ...] = (), rate: float = 0.1
+) -> Training:
+    """A training whose players, "student" and maybe others, learn from `losses`; the student's weights are averaged."""
+    players = {
+        name: Player(gradient_of(loss, name), "optim", {"ema": Power(rate)})
+        if name == "student"
+        else Player(gradient_of(loss, name), f"{name}_optim")
+        for name, loss in losses.items()
+    }
+    recipe = Recipe(
+        name="line",
+        summary="",
+        roles={name: Role(causal=False, starts_from=()) for name in (*losses, *reads)},
+        players=lambda config, networks: players,
+        turns=lambda config: turns,
+        sampler=lambda config: None,
+        guided=lambda config: False,
+    )
+    return Training(recipe, {role: Line() for role in recipe.roles}, players, turns)
+
+
+def training(freq: int = 3, reads: tuple[str, ...] = (), rate: float = 0.1) -> Training:
+    return training_of({"student": student_loss, "critic": critic_loss}, Alternate(freq), reads, rate)
 
 
 def initial(dtype=jnp.float32) -> loop.Initial:
-    return loop.Initial(init_params(0, dtype), init_params(1, dtype))
+    return loop.Initial({"student": init_params(0, dtype), "critic": init_params(1, dtype)}, Frozen({}, None))
 
 
 class Data:
@@ -103,7 +140,7 @@ class Data:
 
 def train(workdir, data: Data | None = None, **overrides):
     c = config(**overrides)
-    return loop.run(c, workdir, algorithm=algorithm(), data=data or Data(), init=initial())
+    return loop.run(c, workdir, training=training(rate=c.ema.rate), data=data or Data(), init=initial())
 
 
 def slow_saves(seconds: float) -> None:
