@@ -159,7 +159,7 @@ def _curve(name: str, file: Path) -> str:
     values = np.concatenate(everything)
     if len(values) and values.min() > 0 and values.max() > 20 * values.min():
         axes.set_yscale("log")
-    if len(everything) > 1:
+    if axes.get_legend_handles_labels()[0] and len(everything) > 1:
         axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
     axes.set_xlabel("iteration", color=_INK, fontsize=8)
     axes.tick_params(colors=_INK, which="both", labelsize=8)

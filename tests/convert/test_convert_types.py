@@ -3,7 +3,6 @@ is looked at."""
 
 import json
 import math
-import re
 import struct
 from pathlib import Path
 
@@ -129,8 +128,10 @@ def test_what_is_no_number_is_seen_in_every_type(tmp_path, kind):
     one[1] = np.nan
     assert arrays.unusual(one.view(arrays.raw(kind)), kind)
     path, _ = source(tmp_path / "n.safetensors", kind, value=np.nan)
-    said = convert(path, tmp_path / "fine.safetensors", dtype="F32")
-    assert re.search(r"tensors hold NaN or infinity: " + ("" if kind == "BF16" else "blocks.0.ffn"), said)
+    named = "" if kind == "BF16" else "blocks.0.ffn"
+    with pytest.raises(UserError, match=rf"tensors hold NaN or infinity \({named}"):
+        convert(path, tmp_path / "fine.safetensors", dtype="F32")
+    assert not (tmp_path / "fine.safetensors").exists()
 
 
 def test_casts_are_those_of_the_types_own_library():
@@ -140,7 +141,8 @@ def test_casts_are_those_of_the_types_own_library():
         for to in ("F32", "F16", "BF16"):
             found = arrays.cast(codes, kind, to).view(arrays.FLOATS[to]).astype(np.float64)
             exact = codes.view(arrays.FLOATS[kind]).astype(np.float64)
-            held = exact.astype(arrays.FLOATS[to]).astype(np.float64)
+            with np.errstate(over="ignore"):  # what a narrower type cannot hold is infinite in both
+                held = exact.astype(arrays.FLOATS[to]).astype(np.float64)
             np.testing.assert_array_equal(found, held)
     values = rng.normal(size=1000).astype(np.float32)
     found = arrays.cast(values.view(np.uint32), "F32", "BF16").view(ml_dtypes.bfloat16)

@@ -45,7 +45,8 @@ def test_what_is_read_back_plays_the_same(tmp_path, video, suffix):
 
 
 def test_png_shows_frames_in_a_row(tmp_path, video):
-    image = np.asarray(Image.open(write_video(tmp_path / "clip.png", video, scale=1)))
+    with Image.open(write_video(tmp_path / "clip.png", video, scale=1)) as file:
+        image = np.asarray(file)
     assert image.shape == (14, 5 * 20, 3)
     for i in range(5):
         np.testing.assert_array_equal(image[2:12, 20 * i + 2 : 20 * i + 18], to_uint8(video[i]))

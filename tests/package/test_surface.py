@@ -38,6 +38,7 @@ def test_importing_loads_nothing():
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
     with pytest.raises(MissingPackage, match=r"needs sklearn: pip install 'causal-rcm-jax\[demo\]'") as caught:
         need("sklearn.datasets", extra="demo")
     assert isinstance(caught.value, UserError) and isinstance(caught.value, ImportError)

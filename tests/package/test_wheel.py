@@ -88,7 +88,8 @@ def test_the_command_trains_and_samples_in_an_empty_folder(crcm):
     words = [f"--config.{key}={value}" for key, value in TINY.items()]
     crcm("train", "--config=digits:tf", "--workdir=run", *words)
     crcm("sample", "--checkpoint=run", "--prompt=a three moves up", "--ode=2", "--out=three.png")
-    assert Image.open(crcm.cwd / "three.png").size[0] > 3 * 4
+    with Image.open(crcm.cwd / "three.png") as image:
+        assert image.size[0] > 3 * 4
 
 
 def test_a_configuration_by_name(crcm):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,7 +18,6 @@ from crcm_jax.aot import chips, dumps, flops, hlo
 from crcm_jax.aot import compile as ahead
 from crcm_jax.cli import aot
 from crcm_jax.errors import UsageError, UserError
-from crcm_jax.parallel import mesh as meshes
 from pallas_kernels.attention import Full, attention, mosaic_tpu
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -219,7 +219,7 @@ def test_a_step_that_the_compiler_finds_too_large_is_one_sentence(found):
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {found}")
 
     program = SimpleNamespace(lower=lambda **_: SimpleNamespace(compile=lambda **_: refuse()))
-    mesh = AbstractMesh((1, 4, 1, 1), meshes.AXES)
+    mesh = tiny.abstract_mesh(1, 4, 1, 1)
     run = SimpleNamespace(target=SimpleNamespace(on_chip=True), mesh=mesh)
     with pytest.raises(UserError, match=r"student's step does not fit: it needs 20.5 GiB .* 4.8 GiB more .*fsdp=8"):
         ahead._compile(run, "student", program, "")

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -109,7 +110,7 @@ def test_without_a_mesh_the_first_device_is_taken():
 
 @pytest.fixture
 def mesh():
-    return jax.sharding.AbstractMesh((1, 4, 1, 2), meshes.AXES)
+    return tiny.abstract_mesh(1, 4, 1, 2)
 
 
 def test_every_large_leaf_is_cut_wherever_it_lies(mesh):

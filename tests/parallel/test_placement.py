@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from crcm_jax.models.wan.rules import RULES
@@ -12,7 +13,7 @@ from crcm_jax.parallel.rules import Layout
 
 
 def mesh(**lengths):
-    return jax.sharding.AbstractMesh(tuple(lengths.get(axis, 1) for axis in AXES), AXES)
+    return tiny.abstract_mesh(*(lengths.get(axis, 1) for axis in AXES))
 
 
 def layout(**lengths):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import tiny
 
 from crcm_jax.parallel.mesh import AXES
 from crcm_jax.parallel.placement import Placement, indivisible
@@ -72,7 +73,7 @@ def test_masks_of_each_sample_are_cut_with_the_samples():
 
 
 def mesh(**lengths):
-    return jax.sharding.AbstractMesh(tuple(lengths.get(axis, 1) for axis in AXES), AXES)
+    return tiny.abstract_mesh(*(lengths.get(axis, 1) for axis in AXES))
 
 
 def test_key_and_value_heads_have_to_divide_as_well():

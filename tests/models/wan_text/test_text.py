@@ -116,5 +116,5 @@ def test_text_encoder():
 def test_a_missing_library_is_said_before_weights_are_read(monkeypatch, json_folder):
     """ftfy is needed by the first prompt only, which comes after gigabytes."""
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(UserError, match="reading prompts needs ftfy: pip install"):
+    with pytest.raises(UserError, match=r"needs ftfy: pip install 'causal-rcm-jax\[text\]'"):
         open_tokenizer(json_folder)
