@@ -29,6 +29,14 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """The demo's own settings of each stage; everything else is `configs/digits.py`."""
 
+STARTS: dict[str, dict[str, str]] = {
+    "bidirectional": {},
+    "tf": {"student": "bidirectional"},
+    "tf_scm": {"student": "tf", "teacher": "tf"},
+    "sf_dmd": {"student": "tf_scm", "real": "bidirectional"},
+}
+"""The stage whose weights each role of a stage begins with."""
+
 SCRATCH = {"train.steps": 3000, "data.batch_size": 64}
 """Settings of the bidirectional stage where the shipped teacher is not used."""
 
@@ -76,12 +84,8 @@ def stage_config(training: str, folder: Path, changes: dict[str, Any], pattern: 
     config.update_from_flattened_dict({"train.save_every": 100, "train.sample_every": 0, **changes})
     teacher = folder / "bidirectional"
     teacher = str(teacher if teacher.exists() else TEACHER)
-    if training == "tf":
-        config.init.student = teacher
-    if training == "tf_scm":
-        config.init.student = config.init.teacher = str(folder / name_of("tf", pattern))
-    if training == "sf_dmd":
-        config.init.student, config.init.real = str(folder / name_of("tf_scm", pattern)), teacher
+    for role, stage in STARTS[training].items():
+        config.init[role] = teacher if stage == "bidirectional" else str(folder / name_of(stage, pattern))
     return config
 
 
