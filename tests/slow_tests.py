@@ -37,6 +37,7 @@ SLOW = (
     "sampling",
     "saving/test_atomic.py",
     "test_demo.py",
+    "test_docs_code.py::test_the_code_runs",
     "test_rollout.py::test_replaying_is_differentiating",
     "train/test_old_checkpoints.py",
     "train/test_processes.py",
