@@ -138,25 +138,28 @@ def test_noisy_context():
     np.testing.assert_array_equal(t, np.float32([[5 / 8, 1, 1]]))
 
 
-def test_discrete_consistency_by_hand():
-    """One guided Euler step of the teacher on a clean context; the target is the live student, not differentiated;
-    the student's context noise is fresh in each of its two passes."""
+@pytest.mark.parametrize("skip", [1, 2])
+def test_discrete_consistency_by_hand(skip):
+    """So many guided Euler steps of the teacher on a clean context, each at its own time; the target is the live
+    student, not differentiated; the student's context noise is fresh in each of its two passes."""
     student, teacher = Linear(), linear(params(0.9, -0.2, 0.1, 0.7))
-    constants = DiscreteTime(context_noise=ContextNoise((5 / 8,), 1))
+    constants = DiscreteTime(Levels(skip=skip), context_noise=ContextNoise((5 / 8,), 1))
 
     def loss(p):
         return tf_dcm(Bound(student, p), BATCH, COND, KEY, teacher=teacher, uncond=UNCOND, constants=constants)[0]
 
     losses = loss(params())
     online, target = student.calls
-    (guided,) = teacher.network.calls
-    np.testing.assert_array_equal(guided["view"].context[:4], X0)
-    assert float(guided["view"].times.max()) == 0
+    for guided in (steps := teacher.network.calls[:]):
+        np.testing.assert_array_equal(guided["view"].context[:4], X0)
+        assert float(guided["view"].times.max()) == 0
     assert not np.allclose(online["view"].context[:, 1:], target["view"].context[:, 1:])
-    t0, t1 = wide(online["t"]), wide(target["t"])
-    clean = TeacherForcing(X0, jnp.zeros((1, 1)))
-    v = linear(teacher.params).guided(online["x"], online["t"], COND, UNCOND, 3.0, clean)
-    np.testing.assert_allclose(target["x"], online["x"] - (t0 - t1) * np.asarray(v), atol=1e-7)
+    clean, x = TeacherForcing(X0, jnp.zeros((1, 1))), online["x"]
+    times = [online["t"], *(step["t"][:4] for step in steps[1:]), target["t"]]
+    assert len(steps) == skip and all((a > b).all() for a, b in zip(times, times[1:]))
+    for t, below in zip(times, times[1:]):
+        x = x - wide(t - below) * linear(teacher.params).guided(x, t, COND, UNCOND, 3.0, clean)
+    np.testing.assert_allclose(target["x"], x, atol=1e-7)
 
     def predict(p, call):
         return flow.to_clean(call["x"], linear(p).velocity(call["x"], call["t"], COND, call["view"]), call["t"])
