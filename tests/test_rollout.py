@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from nets import Memory
+from nets import Memory, Simple
 
 from crcm_jax import compiler
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
 from crcm_jax.models.bound import Bound
-from crcm_jax.objectives.sf_dmd import Matching, Scores, sf_dmd, sf_dmd_replayed
+from crcm_jax.objectives.sf_dmd import Matching, Scores, critic, sf_dmd, sf_dmd_replayed
 from crcm_jax.parallel.placement import Placement
 from crcm_jax.parallel.rules import Layout, leaf_name
-from crcm_jax.sampling.rollout import frozen_rollout, over_chunks, rollout
+from crcm_jax.sampling.rollout import frozen_rollout, over_chunks, replay, rollout
 from crcm_jax.sampling.schedule import MID_TIMES, ContextRule, RolloutPlan, Schedule
 
 FRAMES, SINGLE = 5, ChunkPattern(1, 1)
@@ -116,6 +116,79 @@ def test_only_last_steps_are_differentiable():
     expected = {"a": -t * done.inputs, "b": -t * t * np.ones(SHAPE), "c": -t * past}
     for name, value in expected.items():
         np.testing.assert_allclose(grads[name], value.sum(), rtol=1e-5)  # float32 sums of 30 terms
+
+
+GIVEN = np.array([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]], bool)
+"""A whole chunk of one sample or both, and a part of one, under the pattern (1, 2)."""
+
+
+def partly_given():
+    """(a network, a condition with given frames, the latents of which they are)."""
+    cond = Condition({"text": jnp.zeros((2, 1, 1))}, given=jnp.asarray(GIVEN))
+    return Memory(ChunkPattern(1, 2), SHAPE), cond, tiny.normal(1, *SHAPE)
+
+
+@pytest.mark.parametrize("context", [ContextRule(), ContextRule(noisy=True)])
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_given_frames_stay_as_they_are(steps, context):
+    """In every step, in the clip and in what later chunks see, at time 0; the others are made as ever beside them."""
+    network, cond, clean = partly_given()
+    plan = RolloutPlan(Schedule(), context)
+    done = rollout(Bound(network, PARAMS), cond, jax.random.key(0), plan, steps, SHAPE, clean)
+    (cache,) = done.cache
+    for made in (done.samples, done.inputs, cache["x"]):
+        np.testing.assert_array_equal(np.asarray(made)[GIVEN], clean[GIVEN])
+        assert not np.isclose(made, clean)[~GIVEN].any()
+    assert (np.asarray(cache["t"])[GIVEN] == 0).all()
+    assert (np.asarray(cache["t"])[~GIVEN] == (5 / 8 if context.noisy else 0)).all()
+    past = np.cumsum(np.concatenate([np.zeros((2, 1, 1, 1, 3)), cache["x"][:, :-1]], 1), 1) / FRAMES
+    past = past[:, [0, 1, 1, 3, 3]]  # of frames before the chunk
+    t = np.asarray(done.times)[None, :, None, None, None]
+    made = done.inputs - t * (0.7 * done.inputs - 0.3 * t + 0.5 * past)
+    np.testing.assert_allclose(np.asarray(done.samples)[~GIVEN], np.asarray(made)[~GIVEN], atol=1e-6)
+
+
+def test_given_frames_teach_nothing_in_a_replay():
+    """Errors and gradient are those of the generated frames, through the rollout as in its replay."""
+    network, cond, clean = partly_given()
+    weights, goal = jnp.array([0.3, 1.7]), jnp.asarray(tiny.normal(2, *SHAPE))
+
+    def made(params):
+        return rollout(Bound(network, params), cond, jax.random.key(0), RolloutPlan(), 3, SHAPE, clean)
+
+    def loss(params):
+        errors = jnp.where(GIVEN[:, :, None, None, None], 0, jnp.square(made(params).samples - goal)).sum((1, 2, 3, 4))
+        return jnp.sum(weights * errors), errors
+
+    grads, errors = jax.grad(loss, has_aux=True)(PARAMS)
+    found, others = replay(Bound(network, PARAMS), cond, made(PARAMS), goal, weights, clean=clean)
+    np.testing.assert_allclose(found, errors, rtol=1e-5)  # float32, summed chunk by chunk
+    for name, g in grads.items():
+        np.testing.assert_allclose(others[name], g, rtol=1e-5)
+
+
+def test_the_critic_learns_the_velocity_of_rollouts():
+    """mean (v − (ε − x))² over the generated frames, of a rollout x that has seen as many steps as the critic's own
+    updates say; ε recovered from what the critic sees."""
+    network, cond, clean = partly_given()
+    seen = []
+
+    class Critic(Simple):
+        def velocity(self, params, x, t, prepared, view):
+            seen.append((np.asarray(x), np.asarray(t)))
+            return 0.6 * x
+
+    batch = {"latents": clean, "prompt": cond.prompt, "given": cond.given}
+    student, key = Bound(network, PARAMS), jax.random.key(3)
+    losses, metrics = critic(Bound(Critic(), {}), batch, cond, key, student=student, updates=2)
+    assert float(metrics["steps"]) == 3
+    x = np.asarray(rollout(student, cond, jax.random.split(key, 3)[0], RolloutPlan(), 3, SHAPE, clean).samples)
+    ((y, t),) = seen
+    assert (t[GIVEN] == 0).all() and (t[~GIVEN] > 0).all()
+    t, free = t[..., None, None, None], np.broadcast_to(~GIVEN[..., None, None, None], SHAPE)
+    noise = np.where(free, y - (1 - t) * x, 0) / np.where(free, t, 1)
+    expected = np.mean(np.square(0.6 * y - (noise - x)), (1, 2, 3, 4), where=free)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)  # ε is divided by t
 
 
 def test_over_chunks_visits_every_frame_once():

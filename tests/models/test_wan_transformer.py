@@ -9,6 +9,8 @@ import pytest
 import tiny
 import wan_oracle
 
+from crcm_jax.cache.base import Seen
+from crcm_jax.cache.policies.full import Full
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition, TeacherForcing
 from crcm_jax.models.bound import Bound, Prompted
@@ -165,8 +167,9 @@ def test_features_are_what_leaves_each_layer(x64):
     prepared = network.condition(params, cond)
     last, first = tiny.jit(lambda params: network.features(params, x, t, prepared, [2, 0]))(params)
     assert last.shape == first.shape == (2, 2, 6, 32)
-    (alone,) = tiny.jit(lambda params: network.features(params, x, t, prepared, [0]))(params)
-    assert tiny.relative(first, alone) < EXACT
+    for layer, found in ((0, first), (2, last)):
+        (alone,) = tiny.jit(lambda params: network.features(params, x, t, prepared, [layer]))(params)  # noqa: B023
+        assert tiny.relative(found, alone) < EXACT
     query = params["blocks"]["self_attn"]["q"]
     attention = {**params["blocks"]["self_attn"], "q": jax.tree.map(lambda w: jnp.asarray(w).at[2].add(1.0), query)}
     other = {**params, "blocks": {**params["blocks"], "self_attn": attention}}
@@ -187,6 +190,33 @@ def test_an_endless_stream_rotates_as_a_long_clip(start):
     for found, wave in zip(endless, (np.cos, np.sin)):
         angle = (start + np.arange(2))[:, None] * rope.BASE ** (-2.0 * np.arange(4) / 8)
         np.testing.assert_allclose(found.reshape(2, 2, 3, 8)[:, 0, 0, :4], wave(angle), atol=3e-7)
+
+
+def test_even_a_stream_without_end_has_one():
+    """Beyond the room of its tables frames have no place, instead of another's."""
+    room = rope._STEP**2
+    cosine, _ = jax.jit(lambda n: rope.table(n, 2, None, 2, 3, 16, np.float32))(room - 1)
+    assert np.isfinite(cosine[0]).all() and np.isnan(cosine[1, :, :4]).all()
+
+
+class Forgetful(Full):
+    """A policy that keeps a stream's place and nothing else."""
+
+    def limit(self, chunks, slots):
+        return None
+
+    def see(self, chunks, chunk, slots):
+        return Seen(start=0, stop=0, sink=0, now=chunks.start(chunk))
+
+
+def test_where_a_policy_forgets_a_stream_has_no_end():
+    """A chunk that sees itself alone is the same wherever it stands, far beyond the cache too: rotation is relative."""
+    network = tiny.wan(ChunkPattern(1, 1))
+    prompted = Bound(network, tiny.parameters(network)).prompted(tiny.condition())
+    x, t, *_ = inputs(1, np.float32)
+    cache = prompted.cache(2, (2, *x.shape[2:4]), Forgetful())
+    near, far = (tiny.jit(Prompted.velocity)(prompted, x, t, cache, chunk) for chunk in (0, 5000))
+    assert tiny.relative(far, near) < 1e-5
 
 
 def test_what_does_not_fit_is_named():

@@ -14,8 +14,9 @@ from crcm_jax.models.bound import Bound
 from crcm_jax.objectives import common, diffusion
 from crcm_jax.objectives.common import ContextNoise
 from crcm_jax.objectives.sf_dmd import Matching, Scores, dmd_target
-from crcm_jax.objectives.tf_dcm import DiscreteTime, tf_dcm
+from crcm_jax.objectives.tf_dcm import DiscreteTime, Levels, tf_dcm
 from crcm_jax.objectives.tf_scm import ContinuousTime, ramp, tf_scm
+from crcm_jax.sampling.chunk import Given
 
 PATTERN, FRAMES = ChunkPattern(1, 2), 3
 SHAPE = (4, FRAMES, 2, 2, 3)
@@ -33,12 +34,20 @@ class Linear(Simple):
 
     def velocity(self, params, x, t, prepared, view=ITSELF):
         text = prepared.prompt["text"]
-        self.calls.append({"x": x, "t": t, "text": text, "view": view})
+        self.calls.append({"x": x, "t": t, "text": text, "view": view, "frames": prepared.frames})
         text = jnp.mean(text, (1, 2))[:, None, None, None, None]
         v = params["a"] * x + params["b"] * flow.expand(t, x) + params["m"] * text
         if view != ITSELF:
             v = v + params["k"] * (view.context + flow.expand(view.times, view.context)).mean(1, keepdims=True)
         return v
+
+
+class Mixing(Linear):
+    """The same plus c·(mean over the frames of x + t), and j in frames at time 0."""
+
+    def velocity(self, params, x, t, prepared, view=ITSELF):
+        mixed = params["c"] * (x + flow.expand(t, x)).mean(1, keepdims=True)
+        return super().velocity(params, x, t, prepared, view) + mixed + params["j"] * (flow.expand(t, x) == 0)
 
 
 def linear(params):
@@ -104,6 +113,17 @@ def test_guidance_is_two_forwards():
     assert net.network.calls[-1]["x"].shape[0] == 4, "two passes"
     for uncond, scale in ((UNCOND, 1.0), (None, 3.0)):
         np.testing.assert_array_equal(net.guided(x, t, COND, uncond, scale, view), c)
+    # What accompanies the frames accompanies them in both branches.
+    actions = tiny.normal(3, 4, FRAMES, 2)
+    net.guided(x, t, COND.replace(frames={"actions": actions}), UNCOND, 3.0, view)
+    np.testing.assert_array_equal(net.network.calls[-1]["frames"]["actions"], np.concatenate([actions, actions]))
+    # Of a single clip too, both branches are one batch.
+    one, own = (
+        TeacherForcing(x[:1], t),
+        [cond.replace(prompt={"text": cond.prompt["text"][:1]}) for cond in (COND, UNCOND)],
+    )
+    np.testing.assert_allclose(net.guided(x[:1], t, *own, 3.0, one), (u + 3.0 * (c - u))[:1], atol=1e-14)
+    assert net.network.calls[-1]["x"].shape[0] == 2
 
 
 def test_noisy_context():
@@ -118,25 +138,28 @@ def test_noisy_context():
     np.testing.assert_array_equal(t, np.float32([[5 / 8, 1, 1]]))
 
 
-def test_discrete_consistency_by_hand():
-    """One guided Euler step of the teacher on a clean context; the target is the live student, not differentiated;
-    the student's context noise is fresh in each of its two passes."""
+@pytest.mark.parametrize("skip", [1, 2])
+def test_discrete_consistency_by_hand(skip):
+    """So many guided Euler steps of the teacher on a clean context, each at its own time; the target is the live
+    student, not differentiated; the student's context noise is fresh in each of its two passes."""
     student, teacher = Linear(), linear(params(0.9, -0.2, 0.1, 0.7))
-    constants = DiscreteTime(context_noise=ContextNoise((5 / 8,), 1))
+    constants = DiscreteTime(Levels(skip=skip), context_noise=ContextNoise((5 / 8,), 1))
 
     def loss(p):
         return tf_dcm(Bound(student, p), BATCH, COND, KEY, teacher=teacher, uncond=UNCOND, constants=constants)[0]
 
     losses = loss(params())
     online, target = student.calls
-    (guided,) = teacher.network.calls
-    np.testing.assert_array_equal(guided["view"].context[:4], X0)
-    assert float(guided["view"].times.max()) == 0
+    for guided in (steps := teacher.network.calls[:]):
+        np.testing.assert_array_equal(guided["view"].context[:4], X0)
+        assert float(guided["view"].times.max()) == 0
     assert not np.allclose(online["view"].context[:, 1:], target["view"].context[:, 1:])
-    t0, t1 = wide(online["t"]), wide(target["t"])
-    clean = TeacherForcing(X0, jnp.zeros((1, 1)))
-    v = linear(teacher.params).guided(online["x"], online["t"], COND, UNCOND, 3.0, clean)
-    np.testing.assert_allclose(target["x"], online["x"] - (t0 - t1) * np.asarray(v), atol=1e-7)
+    clean, x = TeacherForcing(X0, jnp.zeros((1, 1))), online["x"]
+    times = [online["t"], *(step["t"][:4] for step in steps[1:]), target["t"]]
+    assert len(steps) == skip and all((a > b).all() for a, b in zip(times, times[1:]))
+    for t, below in zip(times, times[1:]):
+        x = x - wide(t - below) * linear(teacher.params).guided(x, t, COND, UNCOND, 3.0, clean)
+    np.testing.assert_allclose(target["x"], x, atol=1e-7)
 
     def predict(p, call):
         return flow.to_clean(call["x"], linear(p).velocity(call["x"], call["t"], COND, call["view"]), call["t"])
@@ -222,16 +245,65 @@ def test_the_context_receives_gradients():
     assert abs(float(slope) - richardson) < 0.1 * abs(d[1] - d[0]) + 1e-8 * abs(richardson)
 
 
-def test_the_dmd_target():
-    """x − (x_fake − x_real)/W with W = mean|x − x_real| a sample; the critic unguided, the real score guided."""
+GIVEN = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [0, 1, 0]], bool)
+
+
+@pytest.mark.parametrize("name", ["tf", "df", "bidirectional", "tf_dcm", "tf_scm"])
+def test_given_frames_are_clean_and_count_for_nothing(name):
+    """Whoever looks sees them as they are, at time 0; what a network says of them changes no loss."""
+
+    def run(junk):
+        student, teacher = (Bound(Mixing(), params() | {"c": 0.3, "j": junk}) for _ in range(2))
+        to, guide = (student, BATCH | {"given": GIVEN}, COND, KEY), {"teacher": teacher, "uncond": UNCOND}
+        losses = {
+            "tf": lambda: diffusion.teacher_forcing(*to, times=TIMES),
+            "df": lambda: diffusion.diffusion_forcing(*to, times=TIMES),
+            "bidirectional": lambda: diffusion.bidirectional(*to, times=TIMES),
+            "tf_dcm": lambda: tf_dcm(*to, **guide, constants=DiscreteTime(Levels(skip=2))),
+            "tf_scm": lambda: tf_scm(*to, **guide, constants=ContinuousTime(TIMES, one_pass=False)),
+        }[name]()[0]
+        return losses, student.network.calls + teacher.network.calls
+
+    losses, calls = run(0.0)
+    seen = [call for call in calls if not isinstance(call["x"], jax.core.Tracer)]
+    for call in seen:
+        times = len(call["x"]) // 4  # both branches of a guided pass
+        given, clean = np.tile(GIVEN, (times, 1)), np.tile(X0, (times, 1, 1, 1, 1))
+        np.testing.assert_array_equal(np.asarray(call["x"])[given], clean[given])
+        assert (np.asarray(call["t"])[given] == 0).all() and (np.asarray(call["t"])[~given] > 0).all()
+    assert seen and float(losses.min()) > 0
+    np.testing.assert_allclose(run(7.0)[0], losses, rtol=1e-12)
+
+
+def test_given_frames_do_not_move_along_the_tangent():
+    """dx/dt and dt/dt are zero there: τ of the other frames, which see them, knows."""
+    student, teacher = (Bound(Mixing(), params(*p) | {"c": 0.3, "j": 0.0}) for p in ((), (0.9, -0.2, 0.1, 0.7)))
+    constants = ContinuousTime(TIMES, one_pass=False)
+    options = {"teacher": teacher, "uncond": UNCOND, "constants": constants}
+    _, metrics = tf_scm(student, BATCH | {"given": GIVEN}, COND, KEY, **options)
+    call, free = student.network.calls[-1], ~GIVEN[:, :, None, None, None]
+    x, t, view = call["x"], call["t"], call["view"]
+    v_T = free * teacher.guided(x, t, COND, UNCOND, 3.0, view)
+    tau = 0.4 * v_T + 0.3 * free + 0.3 * (v_T + free).mean(1, keepdims=True)
+    g = free * (-(student.velocity(x, t, COND, view) - v_T) - wide(t) * tau)
+    np.testing.assert_allclose(metrics["tangent_norm"], np.sqrt((g**2).sum((1, 2, 3, 4))), rtol=1e-6)  # float32 times
+
+
+@pytest.mark.parametrize("given", [None, GIVEN], ids=["nothing given", "frames given"])
+def test_the_dmd_target(given):
+    """x − (x_fake − x_real)/W with W = mean|x − x_real| of a sample's generated frames; the critic unguided, the real
+    score guided."""
     critic, real = linear(params()), linear(params(0.9, -0.2, 0.1, 0.7))
-    target, norm = dmd_target(X0, KEY, Scores(real, critic, UNCOND), COND, Matching(guidance=5.0))
+    held = None if given is None else Given(given, X0)
+    target, norm = dmd_target(X0, KEY, Scores(real, critic, UNCOND), COND, Matching(guidance=5.0), held)
     y, t = critic.network.calls[0]["x"], critic.network.calls[0]["t"]
-    assert t.shape == (4, 1) and critic.network.calls[0]["x"].shape[0] == 4
+    assert t.shape == (4, 1 if given is None else FRAMES) and y.shape[0] == 4
+    free = np.ones(SHAPE, bool) if given is None else np.broadcast_to(~wide(given), SHAPE)
+    np.testing.assert_array_equal(np.asarray(y)[~free], X0[~free])
     x_fake = flow.to_clean(y, linear(critic.params).velocity(y, t, COND), t)
     x_real = flow.to_clean(y, linear(real.params).guided(y, t, COND, UNCOND, 5.0), t)
-    w = jnp.mean(jnp.abs(X0 - x_real), (1, 2, 3, 4), keepdims=True)
-    g = (x_fake - x_real) / w
+    w = np.mean(np.abs(X0 - x_real), (1, 2, 3, 4), keepdims=True, where=free)
+    g = (x_fake - x_real) / w * free
     np.testing.assert_allclose(target, X0 - g, rtol=1e-10)
     np.testing.assert_allclose(norm, jnp.sqrt(jnp.sum(g**2, (1, 2, 3, 4))), rtol=1e-10)
     slope = jax.grad(lambda x: jnp.sum(jnp.square(x - jax.lax.stop_gradient(target))))(X0)

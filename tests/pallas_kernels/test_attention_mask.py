@@ -45,6 +45,18 @@ def test_window_and_sink(kind, window, sink):
         np.testing.assert_array_equal(expand(getattr(visible, name), 40, 40), predicate)
 
 
+def test_keys_that_have_not_been_written_are_never_seen():
+    """A sink reaches no further than the cache does, of each batch entry."""
+    for mask, stops in (
+        (Cached(4, sink=7), [4]),
+        (Cached((4, 6), sink=(7, 2)), [4, 6]),
+        (Cached((0, 6), sink=7), [0, 6]),
+    ):
+        seen = expand(mask.visible(3, 3, 10).context, 3, 10).reshape(-1, 3, 10)
+        shown = [np.arange(10) < stop for stop in stops]
+        np.testing.assert_array_equal(seen, np.broadcast_to(np.array(shown)[:, None], seen.shape))
+
+
 @pytest.mark.parametrize("block_q, block_k", [(32, 16), (64, 64)])
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 def test_tile_ranges_cover_what_is_seen_and_only_claim_what_all_see(case, block_q, block_k):

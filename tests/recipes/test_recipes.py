@@ -11,7 +11,8 @@ from crcm_jax.configs import digits
 from crcm_jax.errors import UserError
 from crcm_jax.models.base import Condition
 from crcm_jax.models.bound import Bound
-from crcm_jax.recipes import RECIPES, Nets, Progress
+from crcm_jax.objectives.common import ContextNoise
+from crcm_jax.recipes import RECIPES, Nets, Progress, options
 from crcm_jax.recipes.averages import Power
 from crcm_jax.recipes.combine import summed
 from crcm_jax.recipes.turns import Alternate, Always
@@ -74,7 +75,9 @@ def test_every_recipe_trains_every_parameter(name):
     # Nothing but what it says it reads, and the players.
     batch, nets = world(config(name), (*training.reads, *training.players))
     for player in training.players:
-        assert_trains(training.players[player].gradient, player, nets, batch, progress(3, 1, 1))
+        (_, metrics), _ = assert_trains(training.players[player].gradient, player, nets, batch, progress(3, 0, 1))
+        if "steps" in metrics:
+            assert int(metrics["steps"]) == {"student": 1, "critic": 2}[player], "by its own updates"
     assert set(training.players) == ({"student", "critic"} if "sf_dmd" in name else {"student"})
     assert ("teacher" in training.reads) == ("cm" in name)
     assert training.players["student"].averages == {"ema": Power(0.1)}
@@ -217,6 +220,17 @@ def test_results_are_sampled_as_they_were_made_for():
     few = Few(Schedule((2, 1), ((0.5,), ())), ContextRule(noisy=True, start=1))
     for name in (*CONSISTENCY, *MATCHING):
         assert own(name, rollout=rollout) == (few, 1.0), name
+
+
+def test_the_students_context_is_noised_as_its_rollouts_are():
+    """Of a student of one loss as chunk 0's, of one that also learns from rollouts chunk by chunk; if at all."""
+    rollout = {"steps": (2, 1), "times": ((0.5,), ()), "noisy_context": True, "context_start": 1}
+    c = config("tf_scm", rollout=rollout)
+    assert options.context_noise(c) == ContextNoise((0.5,), 1)
+    assert options.context_noise(c, by_chunk=True) == ContextNoise((0.5, 1.0, 1.0), 1)
+    assert options.continuous_time(c).context_noise == options.discrete_time(c).context_noise == ContextNoise((0.5,), 1)
+    c.rollout.noisy_context = False
+    assert options.context_noise(c) == options.context_noise(c, by_chunk=True) == ContextNoise()
 
 
 def test_mistakes_are_named():

@@ -206,6 +206,22 @@ def test_a_session_hears_another_prompt_and_cuts():
         _, cut = session.step(MODEL.params, cut)
     with pytest.raises(ValueError, match="the session is at its end: its cache holds 3 chunks"):
         session.step(MODEL.params, cut)
+    cut = session.cut(MODEL.params, session.start(MODEL.params, COND, jax.random.key(1), first=first))
+    assert (cut.chunk, cut.given, cut.count) == (0, 0, 1), "what was given to one scene is not given to the next"
+
+
+def test_a_guided_session_hears_another_negative_prompt():
+    """Branches are switched together: to the same prompts nothing changes, to another negative one the clip does."""
+    session = Session(NETWORK, Ode(steps=1), 2, SHAPE[2:], FRAMES, guidance=3.0)
+    state = session.start(MODEL.params, COND, jax.random.key(1), uncond=UNCOND)
+    prompts = {"same": (COND, UNCOND), "negative": (COND, tiny.condition(9))}
+    found = {"stay": session.step(MODEL.params, fork(state))[0]}
+    for name, pair in prompts.items():
+        found[name], _ = session.step(MODEL.params, session.switch(MODEL.params, fork(state), *pair))
+    np.testing.assert_array_equal(found["same"], found["stay"])
+    assert tiny.relative(found["negative"], found["stay"]) > 1e-3
+    with pytest.raises(ValueError, match="another negative prompt than the session began with"):
+        session.switch(MODEL.params, state, COND)
 
 
 def test_prompts_of_two_lengths_are_two_passes():
@@ -236,6 +252,11 @@ def test_frames_follow_their_chunk():
     x = noise.initial * np.float32(t)
     v = tiny.jit(model.velocity)(x, np.full((1, FRAMES), t, np.float32), cond)
     assert tiny.relative(found, x - np.float32(t) * v) < CLOSE
+    # A clip that is given its own first chunk goes on as it did, each chunk with its own frames.
+    one = {"shape": SHAPE, "solver": Few(Schedule((1,), ((),)))}
+    alone = generate(model, cond, **one, noise=noise)
+    rest = noise._replace(initial=noise.initial[:, 1:])
+    assert tiny.relative(generate(model, cond, **one, noise=rest, first=alone[:, :1]), alone) < CLOSE
     shuffled = COND.replace(frames={"latents": extra[:, ::-1]})
     assert tiny.relative(generate(model, shuffled, **case), found) > 1e-2
     with pytest.raises(ValueError, match=r"wants 2 extra channels a frame: give Condition\.frames\['latents'\]"):

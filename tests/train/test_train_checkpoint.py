@@ -23,7 +23,11 @@ OPTIMIZER = Optimizer(lr=1e-2)
 
 def make_state(dtype=jnp.float32, iteration=0, critic=True):
     params = {"student": fakes.init_params(0, dtype)} | ({"critic": fakes.init_params(1, dtype)} if critic else {})
-    return create(params).replace(iteration=jnp.int32(iteration))
+    now = create(params)
+    # Counters that differ, so that none can come back as another.
+    players = {name: own.replace(updates=jnp.int32(40 + n)) for n, (name, own) in enumerate(now.players.items())}
+    totals = {"bad_samples": jnp.int32(51), "skipped_updates": jnp.int32(52), "bad_streak": jnp.int32(53)}
+    return now.replace(iteration=jnp.int32(iteration), players=players, **totals)
 
 
 def create(params):

@@ -96,8 +96,11 @@ def test_a_mask_on_the_loss_alone_would_not_do():
 
 def test_all_bad_changes_nothing_and_counts():
     step = step_for(weighted_loss)
-    now, _ = step(create(), NOTHING, make_batch())
+    now = create()
+    for _ in range(2):
+        now, _ = step(now, NOTHING, make_batch())
     before = jax.tree.map(np.array, now.players["student"])
+    assert difference(before.params, before.averages["ema"]) > 1e-5  # an average that went on would move
     for streak in (1, 2):
         now, metrics = step(now, NOTHING, make_batch(poison=range(6)))
         assert int(now.bad_streak) == streak == int(metrics["bad_streak"])
@@ -105,10 +108,10 @@ def test_all_bad_changes_nothing_and_counts():
     for name in ("params", "averages", "opt"):
         jax.tree.map(np.testing.assert_array_equal, getattr(student, name), getattr(before, name))
     assert int(now.bad_samples) == 12 and int(now.skipped_updates) == 2
-    assert int(now.iteration) == int(student.updates) == 3  # phases follow the iteration
-    assert int(now.progress.iteration) == int(now.progress.updates["student"]) == 3
+    assert int(now.iteration) == int(student.updates) == 4  # phases follow the iteration
+    assert int(now.progress.iteration) == int(now.progress.updates["student"]) == 4
     now, _ = step(now, NOTHING, make_batch())
-    assert int(now.bad_streak) == 0 and int(now.players["student"].opt.count) == 2
+    assert int(now.bad_streak) == 0 and int(now.players["student"].opt.count) == 3
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update():
@@ -178,6 +181,19 @@ def test_keys_differ_by_seed_purpose_iteration_and_microbatch():
     ]
     drawn = {tuple(np.asarray(jax.random.key_data(step_key(*a)))) for a in arguments}
     assert len(drawn) == len(arguments)
+
+
+def test_every_microbatch_draws_for_itself():
+    """By the keys of its own number: what is logged is the mean over them."""
+
+    def draws(nets, batch, key, progress):
+        losses, _ = weighted_loss(nets, batch, key, progress)
+        return losses, {"draw": jax.random.normal(key)}
+
+    for accumulate in (1, 3):
+        _, _, metrics = step_once(make_batch(), draws, accumulate)
+        expected = np.mean([jax.random.normal(step_key(0, "student", 0, m)) for m in range(accumulate)])
+        assert float(metrics["draw"]) == pytest.approx(expected, rel=1e-5)
 
 
 def two_players(critic_optimizer=OPTIMIZER, **options):
