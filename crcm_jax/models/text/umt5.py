@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from crcm_jax.models.base import Params
+from crcm_jax.models.core.declare import Declared
 from crcm_jax.models.published import PARTS
 from crcm_jax.models.wan.layers import RmsNorm, gelu
 
@@ -132,51 +133,45 @@ def _precision(dtype):
     return jax.lax.Precision.HIGHEST if dtype.itemsize >= 4 else None
 
 
-@functools.cache
-def _graphs(c: UMT5Config):
-    layer = nnx.eval_shape(lambda: Layer(c, nnx.Rngs(0)))
-    norm = nnx.eval_shape(lambda: RmsNorm(c.dim, c.eps, jnp.dtype(c.dtype)))
-    return nnx.split(layer)[0], nnx.split(norm)[0]
-
-
+@dataclasses.dataclass(frozen=True)
 class UMT5Encoder:
     """The encoder of `config`.
 
     Parameters are `{"embedding": [token, channel], "layers": …, "norm": …}`, layers stacked on their leading axis.
     """
 
-    def __init__(self, config: UMT5Config):
-        self.config = config
+    config: UMT5Config
 
-    def __eq__(self, other):
-        return isinstance(other, UMT5Encoder) and self.config == other.config
+    @functools.cached_property
+    def _layer(self) -> Declared:
+        return Declared(lambda rngs: Layer(self.config, rngs))
 
-    def __hash__(self):
-        return hash(self.config)
+    @functools.cached_property
+    def _norm(self) -> Declared:
+        c = self.config
+        return Declared(lambda rngs: RmsNorm(c.dim, c.eps, jnp.dtype(c.dtype)))
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32."""
         c = self.config
         first, second = jax.random.split(key)
-        layer = lambda key: nnx.to_pure_dict(nnx.split(Layer(c, nnx.Rngs(params=key)))[1])  # noqa: E731
         return {
             "embedding": jax.random.normal(first, (c.vocabulary, c.dim)),
-            "layers": jax.vmap(layer)(jax.random.split(second, c.layers)),
+            "layers": jax.vmap(self._layer.init)(jax.random.split(second, c.layers)),
             "norm": {"scale": jnp.ones(c.dim)},
         }
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnames="self")
     def __call__(self, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """Embeddings `[batch, token, channel]`, zero where `mask` is False.
 
         ids: `[batch, token]` integers; mask: `[batch, token]`, True for tokens of the prompt (padding is not attended).
         """
-        layer, norm = _graphs(self.config)
         mask = mask.astype(bool)
 
         def step(x, params):
-            return nnx.merge(layer, params)(x, mask), None
+            return self._layer.bind(params)(x, mask), None
 
         x = jnp.take(params["embedding"], ids, axis=0).astype(self.config.dtype)
         x, _ = jax.lax.scan(step, x, params["layers"])
-        return jnp.where(mask[..., None], nnx.merge(norm, params["norm"])(x), 0)
+        return jnp.where(mask[..., None], self._norm.bind(params["norm"])(x), 0)

@@ -8,16 +8,17 @@ A chunk's state is a value: `decode_chunk(params, latents, cache) -> pixels, cac
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Float
 
 from crcm_jax.models.base import Params
+from crcm_jax.models.core.declare import Declared
 from crcm_jax.models.vae.config import WanVAEConfig
 from crcm_jax.models.vae.network import Decoder, Encoder
 from crcm_jax.shapes import Array
@@ -29,11 +30,6 @@ VAECache = Any
 """What every layer keeps of the frames before: a nested dict of `[batch, 1 or 2, height, width, channel]` arrays."""
 
 _NETWORKS = {"encoder": Encoder, "decoder": Decoder}
-
-
-@functools.cache
-def _graph(config: WanVAEConfig, name: str):
-    return nnx.split(nnx.eval_shape(lambda: _NETWORKS[name](config, nnx.Rngs(0))))[0]
 
 
 def _over_time(apply, x, first: int, step: int, past):
@@ -59,20 +55,14 @@ def _over_time(apply, x, first: int, step: int, past):
     return jnp.concatenate(outputs, 1), past
 
 
+@dataclasses.dataclass(frozen=True)
 class WanVAE:
     """The autoencoder of `config`. Latents are normalised, float32; pixels are in [−1, 1], float32.
 
     Parameters are `{"encoder": …, "decoder": …}`; decoding reads only the latter.
     """
 
-    def __init__(self, config: WanVAEConfig):
-        self.config = config
-
-    def __eq__(self, other):
-        return isinstance(other, WanVAE) and self.config == other.config
-
-    def __hash__(self):
-        return hash(self.config)
+    config: WanVAEConfig
 
     @property
     def dtype(self) -> str:
@@ -81,12 +71,12 @@ class WanVAE:
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32."""
-
-        def tree(network, key):
-            return nnx.to_pure_dict(nnx.split(network(self.config, nnx.Rngs(params=key)))[1])
-
         keys = jax.random.split(key, len(_NETWORKS))
-        return {name: tree(network, k) for (name, network), k in zip(_NETWORKS.items(), keys)}
+        return {name: network.init(k) for (name, network), k in zip(self._networks.items(), keys)}
+
+    @functools.cached_property
+    def _networks(self) -> dict[str, Declared]:
+        return {name: Declared(functools.partial(make, self.config)) for name, make in _NETWORKS.items()}
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(frame, height, width, channel) of the latents of a clip of that many frames and pixels.
@@ -108,7 +98,7 @@ class WanVAE:
         """Pixels `[batch, 1 + 4k, height, width, 3]` of latents `[batch, 1 + k, …]`."""
         return self.decode_chunk(params, latents)[0]
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnames="self")
     def encode_chunk(self, params: Params, video: Pixels, cache: VAECache | None = None) -> tuple[Latents, VAECache]:
         """(latents, cache) of the next frames of a clip: 1 + 4k of them where `cache` is None (the start), else 4k.
 
@@ -116,12 +106,12 @@ class WanVAE:
         """
         time = self.config.stride[0]
         self.latent_shape(video.shape[1] + (0 if cache is None else 1), *video.shape[2:4])
-        network = nnx.merge(_graph(self.config, "encoder"), params["encoder"])
+        network = self._networks["encoder"].bind(params["encoder"])
         z, cache = _over_time(network, video.astype(self.config.dtype), 1, self.config.step * time, cache)
         mean, std = self._statistics()
         return (z[..., : self.config.channels].astype(mean.dtype) - mean) / std, cache
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnames="self")
     def decode_chunk(self, params: Params, latents: Latents, cache: VAECache | None = None) -> tuple[Pixels, VAECache]:
         """(pixels, cache) of the next latent frames of a clip; `cache` is None at its start.
 
@@ -134,7 +124,7 @@ class WanVAE:
             )
         mean, std = self._statistics()
         z = (latents.astype(mean.dtype) * std + mean).astype(self.config.dtype)
-        network = nnx.merge(_graph(self.config, "decoder"), params["decoder"])
+        network = self._networks["decoder"].bind(params["decoder"])
         x, cache = _over_time(network, z, 1, self.config.step, cache)
         return jnp.clip(x.astype(mean.dtype), -1.0, 1.0), cache
 

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from crcm_jax.models.base import Params
+from crcm_jax.models.core.declare import Declared
 from crcm_jax.models.published import PARTS
 from crcm_jax.models.wan.layers import LayerNorm, Linear, Mlp
 
@@ -96,13 +97,7 @@ def _precision(dtype):
     return jax.lax.Precision.HIGHEST if dtype.itemsize >= 4 else None
 
 
-@functools.cache
-def _graphs(c: CLIPVisionConfig):
-    layer = nnx.eval_shape(lambda: Layer(c, nnx.Rngs(0)))
-    norm = nnx.eval_shape(lambda: LayerNorm(c.dim, c.eps, jnp.dtype(c.dtype), affine=True))
-    return nnx.split(layer)[0], nnx.split(norm)[0]
-
-
+@dataclasses.dataclass(frozen=True)
 class CLIPVision:
     """The vision tower of `config`.
 
@@ -110,47 +105,47 @@ class CLIPVision:
     "norm_in": …, "layers": …, "norm_out": …, "projection": …}`, layers stacked on their leading axis.
     """
 
-    def __init__(self, config: CLIPVisionConfig):
-        self.config = config
+    config: CLIPVisionConfig
 
-    def __eq__(self, other):
-        return isinstance(other, CLIPVision) and self.config == other.config
+    @functools.cached_property
+    def _layer(self) -> Declared:
+        return Declared(lambda rngs: Layer(self.config, rngs))
 
-    def __hash__(self):
-        return hash(self.config)
+    @functools.cached_property
+    def _norm(self) -> Declared:
+        c = self.config
+        return Declared(lambda rngs: LayerNorm(c.dim, c.eps, jnp.dtype(c.dtype), affine=True))
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32."""
         c = self.config
         first, second = jax.random.split(key)
         draw = lambda i, *shape: 0.02 * jax.random.normal(jax.random.fold_in(first, i), shape)  # noqa: E731
-        layer = lambda key: nnx.to_pure_dict(nnx.split(Layer(c, nnx.Rngs(params=key)))[1])  # noqa: E731
         norm = lambda: {"scale": jnp.ones(c.dim), "bias": jnp.zeros(c.dim)}  # noqa: E731
         return {
             "patch_embedding": draw(0, c.patch, c.patch, 3, c.dim),
             "class_token": draw(1, c.dim),
             "position": draw(2, c.tokens, c.dim),
             "norm_in": norm(),
-            "layers": jax.vmap(layer)(jax.random.split(second, c.layers)),
+            "layers": jax.vmap(self._layer.init)(jax.random.split(second, c.layers)),
             "norm_out": norm(),
             **({} if c.projection is None else {"projection": draw(3, c.dim, c.projection)}),
         }
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnames="self")
     def __call__(self, params: Params, images: jax.Array) -> jax.Array:
         """Tokens `[batch, 1 + patch, channel]` before the last layer, of normalised `images` [batch, y, x, colour]."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        layer, norm = _graphs(c)
         side = c.image // c.patch
         patches = images.astype(dtype).reshape(-1, side, c.patch, side, c.patch, 3).swapaxes(2, 3)
         kernel, precision = params["patch_embedding"].astype(dtype), _precision(dtype)
         x = jnp.einsum("bstyxc,yxcd->bstd", patches, kernel, precision=precision).reshape(len(images), -1, c.dim)
         first = jnp.broadcast_to(params["class_token"].astype(dtype), (len(x), 1, c.dim))
         x = jnp.concatenate([first, x], 1) + params["position"].astype(dtype)
-        x = nnx.merge(norm, params["norm_in"])(x).astype(dtype)
+        x = self._norm.bind(params["norm_in"])(x).astype(dtype)
 
         def step(x, params):
-            return nnx.merge(layer, params)(x).astype(dtype), None
+            return self._layer.bind(params)(x).astype(dtype), None
 
         return jax.lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:-1], params["layers"]))[0]
 
