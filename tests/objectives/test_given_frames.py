@@ -43,7 +43,7 @@ CONTEXT = common.ContextNoise((0.6,), 0)
 
 @dataclasses.dataclass(frozen=True)
 class Watching(Bare):
-    """`Bare`, plus `on_given` in given frames and `on_others` elsewhere; NaN where something about given frames is off."""
+    """`Bare`, plus `on_given` in given frames, `on_others` elsewhere; NaN where something about given frames is off."""
 
     def velocity(self, params, x, t, prepared, view=ITSELF):
         chunk = view.chunk if isinstance(view, OnCache) and view.chunk is not None else 0
