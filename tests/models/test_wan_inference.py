@@ -1,4 +1,6 @@
-"""What makes streaming fast changes no result: prepared conditions."""
+"""What makes streaming fast changes no result: prepared conditions, and layers that are written out."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -7,6 +9,8 @@ import tiny
 
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models.base import Condition
+from crcm_jax.models.bound import Bound, Prompted
+from crcm_jax.models.core.stack import listed
 from crcm_jax.models.wan.prompt import prompt
 
 
@@ -29,3 +33,20 @@ def test_prepared_condition_is_the_condition(image):
     assert all(tiny.relative(a, b) < 1e-6 for a, b in zip(jax.tree.leaves(prepared), jax.tree.leaves(plain)))
     other, _ = both(params, Condition({**cond.prompt, "text": cond.prompt["text"][::-1]}))[1]
     assert tiny.relative(other, plain[0]) > 1e-3  # the text is seen
+
+
+def test_either_form_reads_a_cache_that_the_other_has_written():
+    """Layers scanned or written out, with caches stacked or in lists; the layers differ, and so do keys and values."""
+    scanned = tiny.wan(ChunkPattern(1, 1))
+    params = tiny.parameters(scanned)
+    unrolled = dataclasses.replace(scanned, unrolled=True)
+    models = (Bound(scanned, params), Bound(unrolled, {**params, "blocks": listed(params["blocks"])}))
+    forms = [model.prompted(tiny.condition()) for model in models]
+    first, second = (tiny.latents(seed, 2, 1) for seed in (1, 2))
+    t = np.full((1, 1), 0.4, np.float32)
+    write, velocity = tiny.jit(Prompted.write), tiny.jit(Prompted.velocity)
+    caches = [write(form, first, t, form.cache(2, (2, tiny.HEIGHT, tiny.WIDTH)), 0)[1] for form in forms]
+    found = [velocity(form, second, t, cache, 1) for form in forms for cache in caches]
+    assert max(tiny.relative(v, found[0]) for v in found[1:]) < 1e-5
+    empty = forms[0].cache(2, (2, tiny.HEIGHT, tiny.WIDTH))
+    assert tiny.relative(velocity(forms[0], second, t, empty, 1), found[0]) > 1e-3  # power: the cache matters

@@ -35,7 +35,7 @@ def test_average_is_the_closed_form():
 
 def test_average_reads_the_rounded_parameters():
     params = {"x": jnp.asarray([1.001, 2.003], jnp.bfloat16)}
-    average = Power(0.1).update({"x": jnp.zeros(2)}, params, jnp.int32(0))
+    average = Power(0.1).update({"x": jnp.full(2, 1e9)}, params, jnp.int32(0))
     assert average["x"].dtype == jnp.float32
     np.testing.assert_array_equal(average["x"], params["x"].astype(jnp.float32))
 

@@ -80,6 +80,9 @@ def test_a_constant_prediction_is_reached_exactly():
     # A constant x0 is interpolated exactly: what is left of the sample and of the predictions add up to the path.
     np.testing.assert_allclose(rows.predict.sum(1), (1 - now) - rows.carry * (1 - before), rtol=1e-3, atol=1e-7)
 
+    # The correction after a step of order one weighs the predictions at both its ends alike, and no other.
+    np.testing.assert_allclose(rows.correct[1], np.array([0.5, 0.5, 0.0]) * rows.correct[1].sum(), rtol=1e-12)
+
 
 def test_teacher_times():
     """shift(linspace; 5) from 5000/5001, by hand (spec causal_rcm 6.4)."""

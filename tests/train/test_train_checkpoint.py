@@ -79,6 +79,7 @@ def workdir(saved, tmp_path):
 @pytest.mark.parametrize("critic", [True, False])
 def test_everything_comes_back(tmp_path, dtype, critic):
     now = make_state(dtype, 7, critic)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(now.players["student"].averages))
     checkpoints = Checkpoints(tmp_path, fakes.config())
     checkpoints.save(now, b"\x00position\xff", {"a": [1 / 3, 2.0]})
     checkpoints.close()
@@ -151,6 +152,16 @@ def test_a_damaged_later_one_never_displaces_a_whole_one(workdir):
     checkpoints.save(make_state(iteration=6), {}, {})
     checkpoints.close()
     assert [path.name for path in storage.candidates(workdir / storage.FOLDER)] == ["000000006"]
+
+
+def test_what_was_restored_is_not_written_again(workdir):
+    """A whole checkpoint is never given up for a second writing of it."""
+    checkpoints = Checkpoints(workdir, fakes.config())
+    now, data, _ = checkpoints.restore(make_state())
+    assert data == {"position": 8}
+    checkpoints.save(now, {"position": 99}, {})
+    checkpoints.close()
+    assert restore(workdir)[1] == data
 
 
 def test_nothing_but_damage_is_an_error(workdir):
