@@ -138,8 +138,8 @@ def alike(cond: Condition, uncond: Condition) -> bool:
 
 
 def completed(uncond: Condition, cond: Condition) -> Condition:
-    """A negative condition with `cond`'s frames, where it has none of its own."""
-    return uncond if uncond.frames else cond.replace(prompt=uncond.prompt)
+    """A negative condition with `cond`'s frames, where it has none of its own, and with its given frames."""
+    return uncond.replace(given=cond.given) if uncond.frames else cond.replace(prompt=uncond.prompt)
 
 
 def spread(cond: Condition, batch: int) -> Condition:
